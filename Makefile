@@ -1,0 +1,73 @@
+# Every target sets up what it needs: Python 3.11+, make and a package index are enough.
+#   make PYTHON=python3.12 demo      choose the interpreter (read when .venv is created)
+#   make PYTEST_ARGS="-k lease" test pass arguments to pytest
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+SERVE_ARGS ?= --models models/zoo
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# Stamps: what runs the product, and on top of it what tests and checks it.
+RUN := $(VENV)/.conveyor-run
+DEV := $(VENV)/.conveyor-dev
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-unit check format serve bench proto wheel clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(RUN) ## start a server, stream real input through real models, show what comes out
+	$(BIN)/python -m bench.demo
+
+test: $(DEV) ## run the whole test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-unit: $(DEV) ## run the tests that start no server
+	$(BIN)/python -m pytest tests/unit tests/simulation tests/fidelity $(PYTEST_ARGS)
+
+check: $(DEV) ## lint, format, types, import contracts, contract lint, generated code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/proto.py lint
+	$(BIN)/python scripts/proto.py check
+
+format: $(DEV) ## rewrite the sources in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+serve: $(RUN) ## serve the shipped models in the foreground
+	$(BIN)/conveyor-server serve $(SERVE_ARGS)
+
+bench: $(DEV) ## measure, each line beside its comparator
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+proto: $(DEV) ## regenerate the Python code of the contract
+	$(BIN)/python scripts/proto.py generate
+
+wheel: $(DEV) ## build dist/conveyor-*.whl
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean: ## remove everything make created, the environment included
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# The backend comes from constraints.txt too, hence no build isolation.
+$(RUN): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) hatchling
+	$(PIP) --no-build-isolation --editable '.[server,zoo]'
+	@touch $@
+
+$(DEV): $(RUN)
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Conveyor needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv --clear $(VENV)

@@ -1,0 +1,201 @@
+"""The channel and its calls: metadata, deadlines and typed errors on every one of them."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+from google.protobuf.wrappers_pb2 import Int64Value, StringValue
+
+from conveyor.v1 import model_pb2_grpc, session_pb2_grpc
+from conveyor_client._errors import NotFound, NotOpen, Unavailable
+from conveyor_client._lane import StepsCall
+from conveyor_client._policy import Options
+from conveyor_client._status import error_from_call
+
+_Q = TypeVar("_Q", bound=Message)
+_R = TypeVar("_R", bound=Message)
+Metadata = Sequence[tuple[str, str]]
+
+_SERVING = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """How to speak TLS.
+
+    Attributes:
+        root_certificates: PEM of whom to trust; None means the system's roots.
+        private_key: PEM of the client's own key, where the server asks for a certificate.
+        certificate_chain: PEM of the client's own certificate.
+        server_name: The name to expect in the server's certificate, if not the target's.
+    """
+
+    root_certificates: bytes | None = None
+    private_key: bytes | None = None
+    certificate_chain: bytes | None = None
+    server_name: str | None = None
+
+
+class Calls:
+    """One channel, its stubs, and one way to call through them."""
+
+    def __init__(
+        self,
+        target: str,
+        options: Options,
+        *,
+        token: str | None = None,
+        tls: Tls | None = None,
+        metadata: Metadata = (),
+    ) -> None:
+        self._options = options
+        self._metadata = tuple(metadata)
+        if token is not None:
+            self._metadata += (("authorization", f"Bearer {token}"),)
+        self._channel = _make_channel(target, options, tls)
+        self.sessions = session_pb2_grpc.SessionServiceStub(self._channel)
+        self.models = model_pb2_grpc.ModelServiceStub(self._channel)
+        # grpc.health.v1 has one string in the request and one enum in the response, both field 1,
+        # so the wrapper types are the same bytes and the client needs no package for it.
+        self._health = self._channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=StringValue.SerializeToString,
+            response_deserializer=Int64Value.FromString,
+        )
+
+    async def aclose(self) -> None:
+        """Closes the channel; calls that still run are cancelled."""
+        await self._channel.close()
+
+    def steps(self, key: str) -> StepsCall:
+        """Starts StreamSteps.
+
+        Args:
+            key: What a proxy hashes to choose a server.
+        """
+        try:
+            return self.sessions.StreamSteps(metadata=self._metadata_for(key))
+        except grpc.aio.UsageError as error:
+            raise NotOpen("the client is closed") from error
+
+    async def unary(
+        self,
+        method: "grpc.aio.UnaryUnaryMultiCallable[_Q, _R]",
+        request: _Q,
+        *,
+        timeout_seconds: float | None = None,
+        key: str = "",
+        repeatable: bool = False,
+    ) -> _R:
+        """Makes one unary call.
+
+        Args:
+            method: A stub's method.
+            request: Its request.
+            timeout_seconds: Overrides the client's.
+            key: What a proxy hashes, if the call concerns one session.
+            repeatable: It changes nothing, or numbers and ids make it safe to repeat; so it is, a
+                few times, if nobody could answer.
+
+        Returns:
+            The response.
+
+        Raises:
+            ConveyorError: What went wrong, by class.
+        """
+        seconds = self._seconds(timeout_seconds)
+        give_up_at = time.monotonic() + seconds
+        attempt = 1
+        while True:
+            try:
+                return await method(request, timeout=seconds, metadata=self._metadata_for(key))
+            except grpc.aio.AioRpcError as error:
+                cause, translated = error, error_from_call(error)
+            except grpc.aio.UsageError as error:
+                raise NotOpen("the client is closed") from error
+            wait_seconds = self._options.reconnect.wait_seconds(attempt)
+            wait_seconds += translated.retry_after_seconds or 0.0
+            seconds = give_up_at - time.monotonic() - wait_seconds
+            may_repeat = repeatable and isinstance(translated, Unavailable)
+            if not may_repeat or attempt >= self._options.call_attempts_max or seconds <= 0:
+                raise translated from cause
+            attempt += 1
+            await asyncio.sleep(wait_seconds)
+
+    async def stream(
+        self,
+        method: "grpc.aio.UnaryStreamMultiCallable[_Q, _R]",
+        request: _Q,
+        *,
+        timeout_seconds: float | None = None,
+        key: str = "",
+    ) -> AsyncGenerator[_R, None]:
+        """Makes one call that answers with a stream; leaving the loop cancels it.
+
+        Args:
+            method: A stub's method.
+            request: Its request.
+            timeout_seconds: Overrides the client's.
+            key: What a proxy hashes, if the call concerns one session.
+
+        Yields:
+            The responses.
+
+        Raises:
+            ConveyorError: What went wrong, by class.
+        """
+        try:
+            call = method(
+                request, timeout=self._seconds(timeout_seconds), metadata=self._metadata_for(key)
+            )
+            try:
+                async for response in call:
+                    yield response
+            finally:
+                call.cancel()
+        except grpc.aio.AioRpcError as error:
+            raise error_from_call(error) from error
+        except grpc.aio.UsageError as error:
+            raise NotOpen("the client is closed") from error
+
+    async def health(self, service: str, timeout_seconds: float | None) -> bool:
+        """Asks grpc.health.v1 about a service; an unknown one is not healthy."""
+        try:
+            answer = await self.unary(
+                self._health, StringValue(value=service), timeout_seconds=timeout_seconds
+            )
+        except NotFound:
+            return False
+        return answer.value == _SERVING
+
+    def _seconds(self, timeout_seconds: float | None) -> float:
+        return self._options.timeout_seconds if timeout_seconds is None else timeout_seconds
+
+    def _metadata_for(self, key: str) -> Metadata:
+        return (*self._metadata, ("conveyor-key", key)) if key else self._metadata
+
+
+def _make_channel(target: str, options: Options, tls: Tls | None) -> grpc.aio.Channel:
+    arguments: list[tuple[str, str | int]] = [
+        ("grpc.max_receive_message_length", options.message_bytes_max),
+        ("grpc.max_send_message_length", -1),  # the server's limit is the one that counts
+        # How to reconnect is decided a layer up; the channel must not sit out minutes meanwhile.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2000),
+        ("grpc.use_local_subchannel_pool", 1),  # two clients are two connections
+        ("grpc.enable_retries", 0),
+    ]
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=arguments)
+    if tls.server_name is not None:
+        arguments.append(("grpc.ssl_target_name_override", tls.server_name))
+    credentials = grpc.ssl_channel_credentials(
+        tls.root_certificates, tls.private_key, tls.certificate_chain
+    )
+    return grpc.aio.secure_channel(target, credentials, options=arguments)

@@ -1,0 +1,114 @@
+"""Arrays to packed rows and back. No element is ever touched in Python."""
+
+import numpy as np
+import numpy.typing as npt
+
+from conveyor.v1 import session_pb2
+from conveyor_client._errors import EmptyChunk, InvalidShape, TokenOutOfRange
+from conveyor_client._nouns import FloatArray, ModelInfo
+
+_FLOAT32 = np.dtype("<f4")
+_INT32 = np.dtype("<i4")
+
+
+class RowCodec:
+    """Packs inputs and unpacks outputs of one model.
+
+    The rule of shapes: one step is a scalar for a model that takes tokens and a vector of
+    `row_elements` features for any other; one dimension more is a chunk of K steps. What comes back
+    has one row (`output_elements`,) for a step and (K, `output_elements`) for a chunk.
+    """
+
+    __slots__ = ("_dtype", "_row_elements", "_step_ndim", "output_elements", "row_bytes")
+
+    def __init__(self, model: ModelInfo) -> None:
+        tokens = model.input.is_tokens
+        self._dtype = _INT32 if tokens else _FLOAT32
+        self._step_ndim = 0 if tokens else 1
+        self._row_elements = model.input.row_elements
+        self.row_bytes = model.input.row_bytes
+        self.output_elements = model.output.row_elements
+
+    def encode(self, inputs: npt.ArrayLike) -> tuple[bytes, int, bool]:
+        """Packs one step or one chunk.
+
+        Args:
+            inputs: As the class describes. Features are converted to float32; tokens must be
+                integers.
+
+        Returns:
+            The packed rows, their number, and whether it was a single step.
+
+        Raises:
+            InvalidShape: Wrong number of dimensions, features or type.
+            TokenOutOfRange: A token does not fit 32 bits.
+            EmptyChunk: There is no row.
+        """
+        array = np.asarray(inputs)
+        if not array.size:
+            raise EmptyChunk("there is no step in the chunk", reason="EMPTY_CHUNK")
+        if array.dtype != self._dtype:
+            array = self._convert(array)
+        single = array.ndim == self._step_ndim
+        if not single and array.ndim != self._step_ndim + 1:
+            raise self._wrong_shape(array)
+        if self._step_ndim and array.shape[-1] != self._row_elements:
+            raise self._wrong_shape(array)
+        length = 1 if single else array.shape[0]
+        return array.tobytes(), length, single
+
+    def decode(self, rows: bytes, single: bool) -> FloatArray:
+        """Unpacks output rows into an array of its own.
+
+        Args:
+            rows: Packed float32.
+            single: Whether one row without the leading dimension is wanted.
+
+        Returns:
+            float32, (`output_elements`,) if single, else (rows, `output_elements`). Writable.
+        """
+        array: FloatArray = np.frombuffer(rows, dtype=_FLOAT32).copy()
+        return array if single else array.reshape(-1, self.output_elements)
+
+    def _convert(self, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        if self._dtype is _FLOAT32:
+            if array.dtype.kind not in "fiub":
+                raise self._wrong_shape(array)
+            with np.errstate(over="ignore"):  # an overflow becomes infinite, which is refused
+                return array.astype(_FLOAT32)
+        if array.dtype.kind not in "iu":
+            raise self._wrong_shape(array)
+        narrow = array.astype(_INT32)
+        if not np.array_equal(narrow, array):
+            raise TokenOutOfRange("a token does not fit 32 bits", reason="TOKEN_OUT_OF_RANGE")
+        return narrow
+
+    def _wrong_shape(self, array: npt.NDArray[np.generic]) -> InvalidShape:
+        if self._step_ndim == 0:
+            wanted = "an integer for one step or integers of shape (K,) for a chunk"
+        else:
+            wanted = f"shape ({self._row_elements},) for one step or (K, {self._row_elements})"
+        return InvalidShape(
+            f"this model takes {wanted}, not {array.dtype.name} of shape {array.shape}",
+            reason="INVALID_SHAPE",
+        )
+
+
+def pack_memory(memory: npt.ArrayLike) -> session_pb2.Memory:
+    """Packs what a model attends over.
+
+    Args:
+        memory: float, shape (M, memory row elements).
+
+    Returns:
+        The message.
+
+    Raises:
+        InvalidShape: It has not two dimensions.
+    """
+    array = np.asarray(memory, dtype=_FLOAT32)
+    if array.ndim != 2:
+        raise InvalidShape(
+            f"a memory has shape (rows, elements), not {array.shape}", reason="INVALID_SHAPE"
+        )
+    return session_pb2.Memory(length=array.shape[0], rows=array.tobytes())

@@ -1,0 +1,542 @@
+"""A session that steps over a lane."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import numpy.typing as npt
+
+from conveyor.v1 import session_pb2
+from conveyor_client._attachment import Attachment
+from conveyor_client._errors import ConveyorError, DeadlineExceeded, NotOpen, SessionNotFound
+from conveyor_client._generation import Generation
+from conveyor_client._ledger import Chunk
+from conveyor_client._nouns import (
+    OUTPUT_MODES,
+    TRACE_MODES,
+    FloatArray,
+    ModelInfo,
+    Output,
+    SessionInfo,
+    TraceMode,
+    TraceValue,
+)
+from conveyor_client._trace import Trace, trace_from_proto
+
+if TYPE_CHECKING:
+    from conveyor_client._client import Client
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """What was submitted together: the parts of one chunk, and whether one row is wanted of it."""
+
+    chunks: list[Chunk]
+    single: bool
+
+    def give_up(self) -> None:
+        """Stops waiting; what has a number runs all the same."""
+        for chunk in self.chunks:
+            chunk.future.cancel()
+
+
+class Session:
+    """One sequence's state on one model, stepped over a shared stream.
+
+    Make it with `Client.session`, `Client.resume` or `Client.import_session` and open it with
+    ``async with`` (closing ends the session on the server) or with `open`. Steps of one session run
+    in the order they are submitted; many may be submitted before the first is answered.
+
+    If the connection breaks, the session opens itself again and sends what was not answered under
+    the numbers it had, so no step is lost and none runs twice. Errors that this cannot mend are
+    raised from the steps that wait.
+
+    A model that takes tokens steps on an integer and takes a chunk as integers of shape (K,); any
+    other steps on features of shape (D,) and takes a chunk as (K, D). A step returns float32 of
+    shape (O,), a chunk (K, O); with output "last" a chunk returns its last row (O,), and with
+    output "none" the result is empty.
+    """
+
+    def __init__(
+        self,
+        client: "Client",
+        request: session_pb2.OpenSessionRequest,
+        *,
+        output: Output = "all",
+        own_stream: bool = False,
+    ) -> None:
+        self._client = client
+        self._output: Output = output
+        self._attachment = Attachment(client, request, own_stream=own_stream)
+
+    # --- what it is ------------------------------------------------------------------------------
+
+    @property
+    def session_id(self) -> str:
+        """Its id."""
+        attachment = self._attachment
+        if attachment.answer is not None:
+            return attachment.answer.session.session_id
+        return attachment.request.session_id
+
+    @property
+    def model(self) -> ModelInfo:
+        """The model it runs on.
+
+        Raises:
+            NotOpen: It was never opened.
+        """
+        if self._attachment.opened is None:
+            raise NotOpen("the session was not opened")
+        return self._attachment.opened.model
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of this client's claim; 0 before it is opened."""
+        answer = self._attachment.answer
+        return answer.session.epoch if answer else 0
+
+    @property
+    def token(self) -> str:
+        """What `Client.resume` may be given to prove this claim; empty before it is opened."""
+        answer = self._attachment.answer
+        return answer.token if answer else self._attachment.request.token
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the server had the session already when it was opened last."""
+        answer = self._attachment.answer
+        return answer is not None and answer.resumed
+
+    @property
+    def applied_step(self) -> int:
+        """The number of the last step known to be applied."""
+        opened = self._attachment.opened
+        return opened.ledger.answered_step if opened else 0
+
+    @property
+    def durable_step(self) -> int:
+        """The number of the last step known to be durable."""
+        opened = self._attachment.opened
+        return opened.ledger.durable_step if opened else 0
+
+    # --- opening and closing ---------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            await self.close()
+            return
+        with suppress(ConveyorError):  # the error under way says more
+            await self.close()
+
+    async def open(self, *, timeout_seconds: float | None = None) -> None:
+        """Opens the session; does nothing if it is open.
+
+        Args:
+            timeout_seconds: Overrides the client's.
+
+        Raises:
+            ConveyorError: What the server refused, or `TransportError` if there is none.
+        """
+        attachment = self._attachment
+        if attachment.error is not None:
+            raise attachment.error.copy()
+        if attachment.opened is not None:
+            return
+        seconds = self._seconds(timeout_seconds)
+        try:
+            async with asyncio.timeout(seconds):
+                await attachment.open()
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the session was not open within {seconds} s") from error
+
+    async def close(self, *, timeout_seconds: float | None = None) -> None:
+        """Ends the session on the server; what was sent before runs first.
+
+        Does nothing if it is over already.
+
+        Args:
+            timeout_seconds: Overrides the client's.
+
+        Raises:
+            ConveyorError: The server could not be told; the session ends there by its lease.
+        """
+        attachment = self._attachment
+        if attachment.error is not None:
+            return
+        seconds = self._seconds(timeout_seconds)
+        try:
+            if not await attachment.give_handle_back(detach=False, seconds=seconds):
+                with suppress(SessionNotFound):
+                    await self._client.close_session(self.session_id, timeout_seconds=seconds)
+        finally:
+            attachment.end(NotOpen("the session was closed"))
+
+    async def detach(self, *, timeout_seconds: float | None = None) -> None:
+        """Lets go of the session and leaves it alive on the server, to be resumed within its lease.
+
+        Waits for the steps in flight first.
+
+        Args:
+            timeout_seconds: Overrides the client's.
+
+        Raises:
+            ConveyorError: The steps in flight could not be finished.
+        """
+        attachment = self._attachment
+        if attachment.error is not None or attachment.opened is None:
+            return
+        seconds = self._seconds(timeout_seconds)
+        try:
+            async with attachment.exclusively(seconds):
+                await attachment.give_handle_back(detach=True, seconds=seconds)
+        finally:
+            attachment.end(NotOpen("the session was detached"))
+
+    # --- stepping --------------------------------------------------------------------------------
+
+    async def step(
+        self,
+        inputs: npt.ArrayLike,
+        *,
+        output: Output | None = None,
+        timeout_seconds: float | None = None,
+    ) -> FloatArray:
+        """Runs one step or one chunk.
+
+        A chunk longer than the server takes in one piece is sent in several. Cancelling, or running
+        out of time, does not undo the step: it may still run, and the next one is numbered
+        accordingly.
+
+        Args:
+            inputs: One step or a chunk, see the class.
+            output: Which rows come back; overrides the session's choice.
+            timeout_seconds: If given, the server also drops the chunk if it has not begun by then.
+
+        Returns:
+            The output rows, see the class.
+
+        Raises:
+            InvalidInput: The rows are not what the model takes.
+            StepRefused: The numbers do not fit: somebody else has stepped the session.
+            DeadlineExceeded: The time is over.
+            OwnershipLost: Somebody else has the session now.
+            DataLoss: The server lost state that cannot be replayed.
+            ConveyorError: Anything else, by class.
+        """
+        mode = output or self._output
+        sent = self._send(inputs, mode, timeout_seconds)
+        return self._output_of(sent, await self._wait_for(sent, timeout_seconds))
+
+    async def stream(
+        self,
+        inputs: AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike],
+        *,
+        in_flight: int = 32,
+        output: Output | None = None,
+        timeout_seconds: float | None = None,
+    ) -> AsyncGenerator[FloatArray]:
+        """Runs steps or chunks one after the other, several in flight.
+
+        Outputs are yielded as they come, also while the next input is still awaited. Leaving the
+        loop early leaves the steps in flight to run.
+
+        Args:
+            inputs: Steps or chunks, each as `step` takes it.
+            in_flight: At most so many are sent ahead of the output that was yielded last.
+            output: Which rows come back; overrides the session's choice.
+            timeout_seconds: For each of them.
+
+        Yields:
+            One output for each input, in order.
+
+        Raises:
+            ConveyorError: As `step`; inputs after the failed one are not run.
+        """
+        mode = output or self._output
+        room = asyncio.Semaphore(max(1, in_flight))
+        sent: asyncio.Queue[_Sent | None] = asyncio.Queue()
+
+        async def feed() -> None:
+            try:
+                async for item in _each(inputs):
+                    await room.acquire()
+                    sent.put_nowait(self._send(item, mode, timeout_seconds))
+            finally:
+                sent.put_nowait(None)
+
+        feeder = asyncio.create_task(feed())
+        try:
+            while (head := await sent.get()) is not None:
+                chunks = await self._wait_for(head, timeout_seconds)
+                room.release()
+                yield self._output_of(head, chunks)
+            await feeder  # raises what reading or packing the inputs raised
+        finally:
+            feeder.cancel()
+            await asyncio.gather(feeder, return_exceptions=True)
+            while not sent.empty():
+                if (left := sent.get_nowait()) is not None:
+                    left.give_up()
+
+    async def step_with_trace(
+        self,
+        inputs: npt.ArrayLike,
+        *,
+        mode: TraceMode = "summary",
+        timeout_seconds: float | None = None,
+    ) -> tuple[FloatArray, Trace]:
+        """Runs one step or one chunk and tells what the gates did. The outputs are the same bits.
+
+        Args:
+            inputs: One step or a chunk, see the class.
+            mode: "summary" for statistics of each gate, "full" for every activation.
+            timeout_seconds: As for `step`.
+
+        Returns:
+            The output rows, and the trace.
+
+        Raises:
+            NotSupported: The server does not trace.
+            ConveyorError: As `step`.
+        """
+        sent = self._send(inputs, "all", timeout_seconds, trace=TRACE_MODES[mode])
+        chunks = await self._wait_for(sent, timeout_seconds)
+        traces = [trace for chunk in chunks for trace in chunk.traces]
+        return self._output_of(sent, chunks), trace_from_proto(traces)
+
+    def generate(
+        self,
+        prompt: npt.ArrayLike | None = None,
+        *,
+        steps_max: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        stop_tokens: Sequence[int] = (),
+        seed: int = 0,
+        timeout_seconds: float | None = None,
+    ) -> Generation:
+        """Lets the model go on by itself: each output is sampled and fed back, on the server.
+
+        The session moves on with it. Steps submitted meanwhile wait until it ends.
+
+        Args:
+            prompt: A chunk to run first; required for a session never stepped.
+            steps_max: At most so many outputs are made.
+            temperature: 0 takes the most probable token; 1 samples from the model's own
+                distribution.
+            top_k: Sample among so many most probable tokens; 0 means all.
+            stop_tokens: Generation ends after any of these.
+            seed: The same seed from the same state gives the same tokens.
+            timeout_seconds: For the whole of it; overrides the client's.
+
+        Returns:
+            An asynchronous iterator of tokens, or of output rows (O,) for other models.
+        """
+        codec = self._attachment.require().codec
+        request = session_pb2.GenerateRequest(
+            session_id=self.session_id,
+            steps_max=steps_max,
+            temperature=temperature,
+            top_k=top_k,
+            stop_tokens=stop_tokens,
+            seed=seed,
+        )
+        if prompt is not None:
+            request.prompt, request.prompt_length, _ = codec.encode(prompt)
+        return Generation(self._generate(request, timeout_seconds), codec)
+
+    def check(self, inputs: npt.ArrayLike) -> None:
+        """Checks what can be checked of inputs without running them; from any thread.
+
+        Args:
+            inputs: One step or a chunk.
+
+        Raises:
+            InvalidInput: They are not what the model takes.
+            ConveyorError: The session is not open.
+        """
+        self._attachment.require().codec.encode(inputs)
+
+    # --- the whole of its state ------------------------------------------------------------------
+
+    async def fork(
+        self, copies: int | Sequence[str] = 1, *, timeout_seconds: float | None = None
+    ) -> "list[Session]":
+        """Copies the session, carry and position, once its steps in flight are done.
+
+        Args:
+            copies: How many, or the ids they shall have.
+            timeout_seconds: Overrides the client's.
+
+        Returns:
+            The copies, not opened yet.
+
+        Raises:
+            SessionExists: An id is taken.
+            ConveyorError: Anything else, by class.
+        """
+        async with self._attachment.exclusively(self._seconds(timeout_seconds)):
+            infos = await self._client.fork_session(
+                self.session_id, copies, timeout_seconds=timeout_seconds
+            )
+        return [self._client.resume(info.session_id, output=self._output) for info in infos]
+
+    async def reset(self, *, timeout_seconds: float | None = None) -> None:
+        """Sets the carry back to the initial one and the next step to 1.
+
+        Args:
+            timeout_seconds: Overrides the client's.
+
+        Raises:
+            ConveyorError: What went wrong, by class.
+        """
+        async with self._attachment.exclusively(self._seconds(timeout_seconds)):
+            self._attachment.rebase(
+                await self._client.reset_session(self.session_id, timeout_seconds=timeout_seconds)
+            )
+
+    async def rewind(self, step: int, *, timeout_seconds: float | None = None) -> None:
+        """Goes back to a retained checkpoint.
+
+        Args:
+            step: The checkpoint's step.
+            timeout_seconds: Overrides the client's.
+
+        Raises:
+            CheckpointNotRetained: There is none of that step.
+            ConveyorError: Anything else, by class.
+        """
+        async with self._attachment.exclusively(self._seconds(timeout_seconds)):
+            self._attachment.rebase(
+                await self._client.rewind_session(
+                    self.session_id, step, timeout_seconds=timeout_seconds
+                )
+            )
+
+    async def export(self, *, timeout_seconds: float | None = None) -> bytes:
+        """Takes a portable snapshot once the steps in flight are done; the session lives on.
+
+        Args:
+            timeout_seconds: Overrides the client's.
+
+        Returns:
+            The snapshot, for `Client.import_session`.
+
+        Raises:
+            ConveyorError: What went wrong, by class.
+        """
+        async with self._attachment.exclusively(self._seconds(timeout_seconds)):
+            return await self._client.export_session(
+                self.session_id, timeout_seconds=timeout_seconds
+            )
+
+    async def info(self, *, timeout_seconds: float | None = None) -> SessionInfo:
+        """Asks the server what it knows of the session.
+
+        Args:
+            timeout_seconds: Overrides the client's.
+
+        Returns:
+            The description.
+
+        Raises:
+            ConveyorError: What went wrong, by class.
+        """
+        return await self._client.get_session(self.session_id, timeout_seconds=timeout_seconds)
+
+    # --- inside ----------------------------------------------------------------------------------
+
+    def _send(
+        self,
+        inputs: npt.ArrayLike,
+        mode: Output,
+        timeout_seconds: float | None,
+        *,
+        trace: TraceValue = session_pb2.TRACE_MODE_UNSPECIFIED,
+    ) -> "_Sent":
+        """Submits a step or a chunk, a long one in parts."""
+        opened = self._attachment.require()
+        rows, length, single = opened.codec.encode(inputs)
+        submit, part_steps = self._attachment.submit, opened.part_steps_max
+        if length <= part_steps:
+            output = OUTPUT_MODES[mode]
+            chunk = submit(rows, length, output, trace=trace, timeout_seconds=timeout_seconds)
+            return _Sent([chunk], single or mode == "last")
+        chunks: list[Chunk] = []
+        row_bytes = opened.model.input.row_bytes
+        for start in range(0, length, part_steps):
+            end = min(start + part_steps, length)
+            output = OUTPUT_MODES["none" if mode == "last" and end < length else mode]
+            part = rows[start * row_bytes : end * row_bytes]
+            chunks.append(
+                submit(part, end - start, output, trace=trace, timeout_seconds=timeout_seconds)
+            )
+        return _Sent(chunks, mode == "last")
+
+    async def _wait_for(self, sent: "_Sent", timeout_seconds: float | None) -> list[Chunk]:
+        seconds = self._seconds(timeout_seconds)
+        try:
+            for chunk in sent.chunks:
+                await self._attachment.wait_for(chunk, seconds)
+        finally:
+            sent.give_up()  # of no effect on what is answered
+        return sent.chunks
+
+    def _output_of(self, sent: "_Sent", chunks: list[Chunk]) -> FloatArray:
+        pieces = [piece for chunk in chunks for piece in chunk.pieces]
+        rows = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        opened = self._attachment.opened
+        assert opened is not None, "chunks come from an open session"
+        return opened.codec.decode(rows, sent.single)
+
+    async def _generate(
+        self, request: session_pb2.GenerateRequest, timeout_seconds: float | None
+    ) -> AsyncGenerator[session_pb2.GenerateResponse]:
+        attachment, calls = self._attachment, self._client.calls
+        async with attachment.exclusively(self._seconds(timeout_seconds)) as ledger:
+            request.first_step = ledger.next_step
+            ended = False
+            responses = calls.stream(
+                calls.sessions.Generate,
+                request,
+                timeout_seconds=timeout_seconds,
+                key=self.session_id,
+            )
+            try:
+                async with aclosing(responses):
+                    async for response in responses:
+                        if response.end:
+                            ended = True
+                            attachment.rebase_at(response.applied_step, ledger.durable_step)
+                        yield response
+            finally:
+                if not ended:  # given up or broken off: only the server knows how far it came
+                    with suppress(ConveyorError):
+                        attachment.rebase(await self.info())
+
+    def _seconds(self, timeout_seconds: float | None) -> float:
+        return self._client.options.timeout_seconds if timeout_seconds is None else timeout_seconds
+
+
+async def _each(
+    items: AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike],
+) -> AsyncGenerator[npt.ArrayLike]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+        return
+    for item in items:
+        yield item

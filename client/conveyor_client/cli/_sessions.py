@@ -1,0 +1,226 @@
+"""``conveyor sessions``: the caller's own sessions."""
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from conveyor_client._errors import ConveyorError
+from conveyor_client._nouns import SessionInfo
+from conveyor_client.cli._common import (
+    DEFAULT_TARGET,
+    DEFAULT_TIMEOUT_SECONDS,
+    AsJson,
+    Connection,
+    Target,
+    Timeout,
+    Token,
+    complain,
+    details_table,
+    fail,
+    list_table,
+    print_json,
+    remaining_text,
+    run,
+    say,
+    show,
+    size_text,
+)
+
+app = typer.Typer(help="Looks at your sessions and manages them.", no_args_is_help=True)
+
+Id = Annotated[str, typer.Argument(metavar="SESSION", help="The session's id.")]
+
+
+@app.command("list")
+def list_sessions(
+    model: Annotated[str, typer.Option(help="Only sessions of this model.")] = "",
+    target: Target = DEFAULT_TARGET,
+    token: Token = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
+    as_json: AsJson = False,
+) -> None:
+    """Lists your sessions."""
+
+    async def act() -> None:
+        async with Connection(target, token, timeout).client() as client:
+            sessions = [session async for session in client.sessions(model=model)]
+        _show(sessions, as_json)
+
+    run(act)
+
+
+@app.command("show")
+def show_session(
+    session: Id,
+    target: Target = DEFAULT_TARGET,
+    token: Token = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
+    as_json: AsJson = False,
+) -> None:
+    """Describes one session."""
+
+    async def act() -> None:
+        async with Connection(target, token, timeout).client() as client:
+            info = await client.get_session(session)
+        if as_json:
+            print_json(info)
+        else:
+            show(_details(info))
+
+    run(act)
+
+
+@app.command("close")
+def close_sessions(
+    sessions: Annotated[list[str], typer.Argument(metavar="SESSION...")],
+    target: Target = DEFAULT_TARGET,
+    token: Token = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
+) -> None:
+    """Ends sessions and frees their state; one that cannot be ended does not stop the others."""
+
+    async def act() -> None:
+        async with Connection(target, token, timeout).client() as client:
+            failed = False
+            for session in sessions:
+                try:
+                    info = await client.close_session(session)
+                except ConveyorError as error:
+                    complain(f"{session}: {error.reason}: {error}")
+                    failed = True
+                else:
+                    say(f"closed {info.session_id} at step {info.applied_step}")
+        if failed:
+            raise typer.Exit(1)
+
+    run(act)
+
+
+@app.command("reset")
+def reset_session(
+    session: Id,
+    target: Target = DEFAULT_TARGET,
+    token: Token = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
+) -> None:
+    """Sets a session back to its initial state and step 1."""
+
+    async def act() -> None:
+        async with Connection(target, token, timeout).client() as client:
+            info = await client.reset_session(session)
+            say(f"reset {info.session_id}")
+
+    run(act)
+
+
+@app.command("fork")
+def fork_session(
+    session: Id,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="How many copies; else one, or one for each --id.")
+    ] = None,
+    new_ids: Annotated[
+        list[str] | None, typer.Option("--id", help="The id of a copy; may be repeated.")
+    ] = None,
+    target: Target = DEFAULT_TARGET,
+    token: Token = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
+    as_json: AsJson = False,
+) -> None:
+    """Copies a session, carry and position."""
+
+    async def act() -> None:
+        async with Connection(target, token, timeout).client() as client:
+            _show(await client.fork_session(session, new_ids or count or 1), as_json)
+
+    if count and new_ids and count != len(new_ids):
+        fail(f"--count {count} contradicts {len(new_ids)} times --id")
+    run(act)
+
+
+@app.command("export")
+def export_session(
+    session: Id,
+    file: Annotated[Path, typer.Argument(help="Where to; - is the standard output.")],
+    target: Target = DEFAULT_TARGET,
+    token: Token = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
+) -> None:
+    """Writes a portable snapshot; the session lives on."""
+
+    async def act() -> None:
+        async with Connection(target, token, timeout).client() as client:
+            snapshot = await client.export_session(session)
+        if str(file) == "-":
+            sys.stdout.buffer.write(snapshot)
+        else:
+            file.write_bytes(snapshot)
+        say(f"exported {session}: {size_text(len(snapshot))}")
+
+    run(act)
+
+
+@app.command("import")
+def import_session(
+    file: Annotated[Path, typer.Argument(help="A snapshot; - is the standard input.")],
+    new_id: Annotated[str, typer.Option("--id", help="The id; else the snapshot's own.")] = "",
+    target: Target = DEFAULT_TARGET,
+    token: Token = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
+    as_json: AsJson = False,
+) -> None:
+    """Makes a session from a snapshot."""
+
+    async def act() -> None:
+        snapshot = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        async with Connection(target, token, timeout).client() as client:
+            made = await client.import_session(snapshot, session_id=new_id)
+            _show([await made.info()], as_json)
+
+    run(act)
+
+
+def _show(sessions: list[SessionInfo], as_json: bool) -> None:
+    if as_json:
+        print_json(sessions)
+        return
+    if not sessions:
+        say("no sessions")
+        return
+    table = list_table(
+        *("session", "model", "state", "tier", "step", "durable", "size", "expires"),
+        whole=("model", "state", "tier", "step", "durable", "size", "expires"),
+        folded=("session",),
+    )
+    now = datetime.now(UTC)
+    for info in sessions:
+        table.add_row(
+            Text(info.session_id),
+            f"{info.model} {info.version}",
+            info.state,
+            info.tier,
+            str(info.applied_step),
+            str(info.durable_step),
+            size_text(info.state_bytes),
+            remaining_text((info.expire_time - now).total_seconds()) if info.expire_time else "",
+        )
+    show(table)
+
+
+def _details(info: SessionInfo) -> Table:
+    rows: dict[str, str] = {}
+    for name in info.__dataclass_fields__:
+        value = getattr(info, name)
+        if name == "labels":
+            value = ", ".join(f"{key}={text}" for key, text in info.labels.items())
+        elif isinstance(value, datetime):
+            value = f"{value:%Y-%m-%d %H:%M:%S} UTC"
+        elif value is None:
+            value = "none"
+        rows[name.replace("_", " ")] = str(value)
+    return details_table(rows)

@@ -1,0 +1,50 @@
+"""What can be wrong with a bundle.
+
+BundleError                      anything that keeps a bundle from being used
+├── BundleFileError              a file is missing, not a regular file, outside, or too large
+├── SpecError                    model.toml does not say what a model is
+├── WeightsError                 weights.safetensors does not hold what model.toml asks for
+├── RepositoryError              the folder of bundles is not laid out as NAME/ or NAME/VERSION/
+└── UnsupportedModuleError       a torch module has something the bundle format cannot express
+
+Every message names the file and the key or the tensor, what was found there and what was expected,
+so that it can be printed as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class BundleError(Exception):
+    """A bundle cannot be used.
+
+    Attributes:
+        path: the file or folder at fault, where there is one.
+        key: the key of model.toml or the name of the tensor at fault, where there is one.
+    """
+
+    def __init__(self, message: str, *, path: Path | None = None, key: str | None = None) -> None:
+        super().__init__(message if path is None else f"{path}: {message}")
+        self.path = path
+        self.key = key
+
+
+class BundleFileError(BundleError):
+    """A file is missing, not a regular file, outside its bundle, or larger than allowed."""
+
+
+class SpecError(BundleError):
+    """model.toml is not valid TOML, or does not describe a model."""
+
+
+class WeightsError(BundleError):
+    """weights.safetensors is damaged, or its tensors are not the ones model.toml asks for."""
+
+
+class RepositoryError(BundleError):
+    """A folder of bundles is not laid out as NAME/ or NAME/VERSION/."""
+
+
+class UnsupportedModuleError(BundleError):
+    """A torch module has something the bundle format cannot express: refused, not approximated."""

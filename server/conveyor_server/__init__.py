@@ -1,0 +1,1 @@
+"""The Conveyor server: stateful recurrent sessions over gRPC."""

@@ -1,0 +1,403 @@
+"""The checks at the door: what passes here is sound in itself, whatever state the session is in.
+
+Nothing here reads or changes a session. A refusal is a typed error and has no effect.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+import numpy as np
+
+from conveyor_server.config import LimitsConfig
+from conveyor_server.core import (
+    ELEMENT_BYTES,
+    SESSION_ID,
+    STEP_MAX,
+    Chunk,
+    Durability,
+    InputKind,
+    ModelInfo,
+    OpenMode,
+    OpenRequest,
+    OutputMode,
+    Reply,
+)
+from conveyor_server.errors import (
+    ChunkTooLong,
+    ConveyorError,
+    EmptyChunk,
+    InvalidField,
+    InvalidMemory,
+    InvalidShape,
+    InvalidToken,
+    MessageTooLarge,
+    ModelNotFound,
+    ModelNotGenerative,
+    NonFiniteInput,
+    NotSupported,
+    TokenOutOfRange,
+)
+from conveyor_server.scheduler.generation import Plan
+from conveyor_server.scheduler.sampling import Sampling
+
+MODEL_NAME_CHARACTERS_MAX: Final = 128
+TOKEN_CHARACTERS_MAX: Final = 512
+LABEL_KEY_CHARACTERS_MAX: Final = 64
+LABEL_VALUE_CHARACTERS_MAX: Final = 256
+PAGE_SIZE_DEFAULT: Final = 100
+PAGE_SIZE_MAX: Final = 1000
+
+# Looking a member up in its enum takes as long as all the rest of what is done with it here.
+_ALL: Final = OutputMode.ALL
+_LAST: Final = OutputMode.LAST
+_NONE: Final = OutputMode.NONE
+
+E = TypeVar("E", OpenMode, Durability)
+
+_FLOAT32: Final = np.dtype("<f4")
+_UINT32: Final = np.dtype("<u4")
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A session as one caller may step it."""
+
+    principal: str
+    session_id: str
+    epoch: int
+    model: ModelInfo
+    reply: Reply
+    handle: int = 0
+
+
+@dataclass(slots=True)
+class Entry:
+    """One chunk of a frame before it is checked."""
+
+    binding: Binding
+    first_step: int
+    length: int
+    output: int
+    trace: int = 0
+
+
+class Admission:
+    """Checks requests against the limits."""
+
+    def __init__(self, limits: LimitsConfig) -> None:
+        """`limits` of this server."""
+        self.limits = limits
+
+    def chunk(self, entry: Entry, rows: bytes, now: float, deadline: float | None) -> Chunk:
+        """Checks one chunk with its rows.
+
+        Raises:
+            EmptyChunk, ChunkTooLong, InvalidField, InvalidShape, NonFiniteInput, TokenOutOfRange,
+            NotSupported.
+        """
+        self._check_entry(entry)
+        check_size(entry.binding.model, rows, entry.length)
+        check_values(entry.binding.model, rows)
+        return _chunk(entry, rows, now, deadline)
+
+    def message(self, payload: bytes) -> None:
+        """Checks the size of a message by the payload that makes nearly all of it.
+
+        The transport's own limit stands a little higher and ends the call without a reason.
+
+        Raises:
+            MessageTooLarge: It is above `limits.message_bytes_max`.
+        """
+        if len(payload) > self.limits.message_bytes_max:
+            raise MessageTooLarge(
+                f"the message holds {len(payload)} bytes",
+                limit="limits.message_bytes_max",
+                maximum=self.limits.message_bytes_max,
+            )
+
+    def frame(
+        self, entries: Sequence[Entry], rows: bytes, now: float, deadline: float | None
+    ) -> list[Chunk | ConveyorError]:
+        """Checks the chunks of a frame, each on its own.
+
+        Returns:
+            For each entry its chunk, or why it is refused.
+
+        Raises:
+            EmptyChunk: There is no entry.
+            InvalidShape: The bytes are not those of the entries, so none can be told from the next.
+        """
+        if not entries:
+            raise EmptyChunk("the frame has no entry")
+        if len(entries) == 1:
+            try:
+                return [self.chunk(entries[0], rows, now, deadline)]
+            except ConveyorError as error:
+                return [error]
+        sizes = [entry.length * entry.binding.model.input_row_bytes for entry in entries]
+        if sum(sizes) != len(rows) or min(sizes) < 0:
+            raise InvalidShape(f"the frame holds {len(rows)} bytes, its entries take {sum(sizes)}")
+        sound = _all_sound(entries, rows)
+        checked: list[Chunk | ConveyorError] = []
+        offset = 0
+        for entry, size in zip(entries, sizes, strict=True):
+            part = rows[offset : offset + size]
+            offset += size
+            try:
+                self._check_entry(entry)
+                if not sound:
+                    check_values(entry.binding.model, part)
+                checked.append(_chunk(entry, part, now, deadline))
+            except ConveyorError as error:
+                checked.append(error)
+        return checked
+
+    def open(  # noqa: PLR0913  the request's fields, each checked on its own
+        self,
+        *,
+        principal: str,
+        model: str,
+        version: int,
+        session_id: str,
+        mode: int,
+        durability: int,
+        idle_seconds: float | None,
+        has_memory: bool,
+        labels: Mapping[str, str],
+        token: str,
+    ) -> OpenRequest:
+        """Checks OpenSession.
+
+        Raises:
+            InvalidField, InvalidMemory, InvalidToken, ModelNotFound.
+        """
+        check_model_name(model)
+        if len(token) > TOKEN_CHARACTERS_MAX:
+            raise InvalidToken("the session token is malformed")
+        if session_id or mode == OpenMode.RESUME:
+            check_session_id(session_id)
+        if not session_id and not model:
+            raise InvalidField("model", "required to create a session")
+        if version < 0:
+            raise InvalidField("version", "below 0")
+        if has_memory:
+            raise InvalidMemory("the model has no attention, so it takes no memory")
+        return OpenRequest(
+            principal=principal,
+            session_id=session_id,
+            model=model,
+            version=version,
+            mode=_enum(OpenMode, mode, "mode"),
+            durability=_enum(Durability, durability or Durability.NONE, "durability"),
+            idle_seconds=None if idle_seconds is None else self.idle_seconds(idle_seconds),
+            labels=self._labels(labels),
+            token=token,
+        )
+
+    def idle_seconds(self, seconds: float) -> float:
+        """Checks a wanted idle time.
+
+        Raises:
+            InvalidField: Not above 0, or above the limit.
+        """
+        if not 0 < seconds <= self.limits.idle_seconds_max:
+            raise InvalidField(
+                "idle_ttl", f"not above 0 s and at most {self.limits.idle_seconds_max:g} s"
+            )
+        return seconds
+
+    def fork_ids(self, session_ids: Sequence[str]) -> Sequence[str]:
+        """Checks the ids of ForkSession.
+
+        Raises:
+            InvalidField: None, too many, malformed, or one twice.
+        """
+        if not 1 <= len(session_ids) <= self.limits.fork_sessions_max:
+            raise InvalidField(
+                "new_session_ids", f"not between 1 and {self.limits.fork_sessions_max} of them"
+            )
+        given = [session_id for session_id in session_ids if session_id]
+        for session_id in given:
+            check_session_id(session_id, "new_session_ids")
+        if len(set(given)) != len(given):
+            raise InvalidField("new_session_ids", "one stands there twice")
+        return session_ids
+
+    def sequence(self, model: ModelInfo, length: int, rows: bytes, output: int = 0) -> None:
+        """Checks the whole sequence of Predict.
+
+        Raises:
+            EmptyChunk, ChunkTooLong, InvalidField, InvalidShape, NonFiniteInput, TokenOutOfRange.
+        """
+        _check_length(length, self.limits.predict_steps_max)
+        self._check_output(model, length, output)
+        check_size(model, rows, length)
+        check_values(model, rows)
+
+    def generation(
+        self,
+        model: ModelInfo,
+        *,
+        prompt: bytes,
+        prompt_length: int,
+        steps_max: int,
+        sampling: Sampling,
+        stop_tokens: Sequence[int],
+    ) -> Plan:
+        """Checks Generate.
+
+        Raises:
+            ModelNotGenerative, InvalidField, ChunkTooLong, InvalidShape, NonFiniteInput,
+            TokenOutOfRange.
+        """
+        if not model.generative:
+            raise ModelNotGenerative(f"the output of model {model.key.name!r} is no input of it")
+        if steps_max < 1:
+            raise InvalidField("steps_max", "below 1")
+        _check_length(prompt_length + steps_max, self.limits.generate_steps_max)
+        if prompt_length < 0:
+            raise InvalidField("prompt_length", "below 0")
+        check_size(model, prompt, prompt_length)
+        check_values(model, prompt)
+        if not (math.isfinite(sampling.temperature) and 0 <= sampling.temperature <= 100):
+            raise InvalidField("temperature", "not between 0 and 100")
+        if sampling.top_k < 0:
+            raise InvalidField("top_k", "below 0")
+        if model.input_kind is InputKind.FEATURES and (sampling != Sampling() or stop_tokens):
+            raise InvalidField("temperature", "sampling and stop tokens are for token models only")
+        if any(not 0 <= token < model.vocabulary_size for token in stop_tokens):
+            raise InvalidField("stop_tokens", "one is outside the vocabulary")
+        return Plan(model, steps_max, sampling, frozenset(stop_tokens))
+
+    def _check_entry(self, entry: Entry) -> None:
+        model = entry.binding.model
+        _check_length(entry.length, min(model.chunk_steps_max, self.limits.chunk_steps_max))
+        if not 1 <= entry.first_step <= STEP_MAX:
+            raise InvalidField("first_step", "steps are numbered from 1")
+        self._check_output(model, entry.length, entry.output)
+        if entry.trace:
+            raise NotSupported("this server returns no traces")
+
+    def _check_output(self, model: ModelInfo, length: int, output: int) -> None:
+        if not 0 <= output <= _NONE:
+            raise InvalidField("output", "not a known mode")
+        wanted = length * model.output_size * ELEMENT_BYTES
+        if wanted > self.limits.result_bytes_max and output <= _ALL:
+            raise ChunkTooLong(
+                f"{length} steps give {wanted} bytes of results",
+                limit="limits.result_bytes_max",
+                maximum=self.limits.result_bytes_max,
+            )
+
+    def _labels(self, labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+        if len(labels) > self.limits.labels_max:
+            raise InvalidField("labels", f"more than {self.limits.labels_max} of them")
+        for key, value in labels.items():
+            if not 1 <= len(key) <= LABEL_KEY_CHARACTERS_MAX:
+                raise InvalidField("labels", "a key is empty or too long")
+            if len(value) > LABEL_VALUE_CHARACTERS_MAX:
+                raise InvalidField("labels", "a value is too long")
+        return tuple(sorted(labels.items()))
+
+
+def check_session_id(session_id: str, field: str = "session_id") -> None:
+    """Raises `InvalidField` unless it is a well-formed session id."""
+    if not SESSION_ID.fullmatch(session_id):
+        raise InvalidField(field, "not 1 to 128 characters of A-Z a-z 0-9 . _ : -")
+
+
+def check_model_name(name: str) -> None:
+    """Raises `ModelNotFound` for what is too long to be one, without repeating it."""
+    if len(name) > MODEL_NAME_CHARACTERS_MAX:
+        raise ModelNotFound("there is no model of that name")
+
+
+def result_bytes(chunk: Chunk) -> int:
+    """Bytes of the output rows that are wanted of a chunk."""
+    output = chunk.output
+    if output is _ALL:
+        return chunk.length * chunk.model.output_size * ELEMENT_BYTES
+    return chunk.model.output_size * ELEMENT_BYTES if output is _LAST else 0
+
+
+def page_size(wanted: int) -> int:
+    """The size of a list's page.
+
+    Raises:
+        InvalidField: Below 0.
+    """
+    if wanted < 0:
+        raise InvalidField("page_size", "below 0")
+    return min(wanted or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
+
+
+def check_size(model: ModelInfo, rows: bytes, length: int) -> None:
+    """Raises `InvalidShape` unless the rows have the bytes that so many steps take."""
+    if len(rows) != length * model.input_row_bytes:
+        raise InvalidShape(
+            f"{length} steps of model {model.key.name!r} take"
+            f" {length * model.input_row_bytes} bytes"
+            f" ({model.input_size} x 4 each), not {len(rows)}"
+        )
+
+
+def check_values(model: ModelInfo, rows: bytes) -> None:
+    """Raises `NonFiniteInput` or `TokenOutOfRange` if a value cannot be an input of the model."""
+    if model.input_kind is InputKind.FEATURES:
+        # Looking for a zero among the flags' bytes is twice as fast as reducing them.
+        if b"\0" in np.isfinite(np.frombuffer(rows, dtype=_FLOAT32)).tobytes():
+            raise NonFiniteInput("a feature is NaN or infinite")
+    elif rows:
+        # As unsigned numbers, negative tokens are larger than any vocabulary.
+        largest = int(np.frombuffer(rows, dtype=_UINT32).max())
+        if largest >= model.vocabulary_size:
+            raise TokenOutOfRange(
+                f"a token is outside 0 .. {model.vocabulary_size - 1}",
+                vocabulary_size=model.vocabulary_size,
+            )
+
+
+def _check_length(length: int, steps_max: int) -> None:
+    if length < 1:
+        raise EmptyChunk("the chunk has no step")
+    if length > steps_max:
+        raise ChunkTooLong(f"{length} steps, at most {steps_max} are taken", maximum=steps_max)
+
+
+def _all_sound(entries: Sequence[Entry], rows: bytes) -> bool:
+    """Whether all values of a frame pass, told in one look where all entries are of one model."""
+    model = entries[0].binding.model
+    if any(entry.binding.model is not model for entry in entries):
+        return False
+    try:
+        check_values(model, rows)
+    except ConveyorError:
+        return False
+    return True
+
+
+def _chunk(entry: Entry, rows: bytes, now: float, deadline: float | None) -> Chunk:
+    binding = entry.binding
+    return Chunk(
+        session_id=binding.session_id,
+        principal=binding.principal,
+        model=binding.model,
+        epoch=binding.epoch,
+        first_step=entry.first_step,
+        length=entry.length,
+        rows=rows,
+        output=OutputMode(entry.output or _ALL),
+        reply=binding.reply,
+        arrived_seconds=now,
+        deadline_seconds=deadline,
+        handle=binding.handle,
+    )
+
+
+def _enum(kind: type[E], value: int, field: str) -> E:
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise InvalidField(field, "not a known value") from error

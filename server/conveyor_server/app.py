@@ -1,0 +1,251 @@
+"""The only place that wires objects: it starts, drains and stops the server in order."""
+
+import asyncio
+import gc
+import json
+import logging
+import signal
+import sys
+import uuid
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import start_http_server
+
+from conveyor_server.admission import Admission
+from conveyor_server.clock import SystemClock
+from conveyor_server.config import Config
+from conveyor_server.core import SessionState, Tier
+from conveyor_server.engine.engine import TorchEngine, choose_device
+from conveyor_server.metrics import Labels, Metrics
+from conveyor_server.reload import Reloader
+from conveyor_server.rpc.server import AddressError, GrpcServer
+from conveyor_server.rpc.service import Services
+from conveyor_server.scheduler.driver import Driver
+from conveyor_server.scheduler.models import ModelTable
+from conveyor_server.scheduler.operations import Operations
+from conveyor_server.scheduler.scheduler import Scheduler
+from conveyor_server.store.memory import MemoryStore
+
+GIL_SWITCH_SECONDS: Final = 0.0005
+"""How long one thread may keep another waiting for the interpreter.
+
+The default of 5 ms would be felt between the event loop and the engine's thread.
+"""
+_log = logging.getLogger(__name__)
+
+
+class StartError(Exception):
+    """The server cannot start; the message says why."""
+
+
+class ServerBroken(Exception):
+    """A tick broke off by a mistake of ours, and the server stopped; the log has the details."""
+
+
+class App:
+    """One server process."""
+
+    def __init__(self, config: Config) -> None:
+        """Builds everything; nothing runs yet.
+
+        Raises:
+            DeviceError: The configured device is not there.
+        """
+        self._config = config
+        self._clock = SystemClock()
+        self._metrics = Metrics()
+        self._device = choose_device(config.engine.device)
+        self._engine = TorchEngine(
+            self._device,
+            cpu_threads=config.engine.cpu_threads,
+            slots=config.engine.slots,
+            verify_same_bits=config.engine.verify_same_bits,
+        )
+        self._models = ModelTable(dropped=self._engine.remove)
+        self._store = MemoryStore()
+        self._driver = Driver(config.engine.inline_multiply_adds_max)
+        self._scheduler = Scheduler(
+            engine=self._engine,
+            store=self._store,
+            models=self._models,
+            limits=config.limits,
+            batch_sessions_max=config.engine.batch_sessions_max,
+            quantum_steps=config.engine.quantum_steps,
+            clock=self._clock,
+            metrics=self._metrics,
+            wake=self._driver.wake,
+        )
+        self._operations = Operations(self._scheduler, uuid.uuid4().hex)
+        self._stop_asked = asyncio.Event()
+        self._broken = False
+        self._declare_gauges()
+
+    async def run(self) -> None:
+        """Serves until SIGTERM or SIGINT.
+
+        Raises:
+            StartError: There is no model to serve, or the ready file cannot be written.
+            AddressError: An address cannot be listened on.
+            ServerBroken: It stopped by a mistake of its own.
+        """
+        sys.setswitchinterval(GIL_SWITCH_SECONDS)
+        self._clear_ready_file()
+        server = GrpcServer(
+            Services(
+                config=self._config,
+                admission=Admission(self._config.limits),
+                driver=self._driver,
+                engine=self._engine,
+                metrics=self._metrics,
+                clock=self._clock,
+                device=str(self._device),
+            )
+        )
+        self._driver.start(self._scheduler, self._operations, broken=self._break)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop_asked.set)
+        reloader = Reloader(
+            self._config, self._engine, self._models, self._driver, server.set_model_serving
+        )
+        await reloader.look()
+        if not list(self._models):
+            raise StartError(f"{self._config.models.folder}: no model there can be served")
+        reloader.start()
+        metrics_address, metrics_server = self._serve_metrics()
+        _quiet_garbage_collector()
+        address = await server.start(self._config.listen)
+        self._announce(address, metrics_address)
+        await self._stop_asked.wait()
+        reloader.stop()
+        await self._stop(server)
+        if metrics_server is not None:
+            metrics_server.shutdown()
+        if self._broken:
+            raise ServerBroken("the server stopped by a mistake of its own; its log has it")
+
+    def _break(self) -> None:
+        """The driver ticks no more."""
+        self._broken = True
+        self._stop_asked.set()
+
+    async def _stop(self, server: GrpcServer) -> None:
+        _log.info("draining", extra={"sessions": len(self._scheduler.sessions)})
+        self._operations.draining = True
+        await server.drain()
+        await server.stop()
+        self._driver.stop()
+        _log.info("stopped")
+
+    # --- metrics and addresses -------------------------------------------------------------------
+
+    def _serve_metrics(self) -> tuple[str, WSGIServer | None]:
+        listen = self._config.listen.metrics_address
+        if not listen:
+            return "", None
+        host, _, port = listen.rpartition(":")
+        try:
+            # In an address IPv6 stands in brackets, which the socket does not know.
+            server, _ = start_http_server(
+                int(port), addr=host.strip("[]"), registry=self._metrics.registry
+            )
+        except (OSError, ValueError) as error:
+            raise AddressError(f"cannot listen on {listen}: {error}") from error
+        return f"{host}:{server.server_port}", server
+
+    def _clear_ready_file(self) -> None:
+        """Nobody must take an earlier server's file for this one's.
+
+        Raises:
+            StartError: It could not be written later on.
+        """
+        file = self._config.listen.ready_file
+        if file is None:
+            return
+        try:
+            file.unlink(missing_ok=True)
+            _partial(file).touch()
+        except OSError as error:
+            raise StartError(f"listen.ready_file: {file}: {error.strerror}") from error
+
+    def _announce(self, address: str, metrics_address: str) -> None:
+        _log.info("serving", extra={"address": address, "metrics_address": metrics_address})
+        file = self._config.listen.ready_file
+        if file is not None:
+            # Written beside and renamed, so that whoever waits for it never reads half of it.
+            partial = _partial(file)
+            ready = {"address": address, "metrics_address": metrics_address}
+            partial.write_text(json.dumps(ready), encoding="utf-8")
+            partial.replace(file)
+
+    def _declare_gauges(self) -> None:
+        gauge = self._metrics.gauge
+        inbox = self._scheduler.inbox
+        gauge("conveyor_sessions", "Open sessions.", ("state",), self._read_sessions)
+        gauge(
+            "conveyor_slots",
+            "Rows of the state pools.",
+            ("model", "version", "state"),
+            self._read_slots,
+        )
+        gauge("conveyor_state_bytes", "Bytes of carries.", ("tier",), self._read_state_bytes)
+        gauge(
+            "conveyor_held_result_bytes",
+            "Bytes of inputs and results held for retries.",
+            (),
+            lambda: [((), self._scheduler.held.size_bytes)],
+        )
+        gauge(
+            "conveyor_inbox_chunks",
+            "Chunks accepted and not finished.",
+            (),
+            lambda: [((), inbox.chunks)],
+        )
+        if self._device.type == "cuda":
+            gauge(
+                "conveyor_device_memory_bytes",
+                "Memory of the device.",
+                ("state",),
+                self._engine.device_memory,
+            )
+
+    def _read_sessions(self) -> Iterable[tuple[Labels, float]]:
+        counts = Counter(session.state for session in self._scheduler.sessions)
+        return [((state.name.lower(),), counts[state]) for state in SessionState]
+
+    def _read_slots(self) -> Iterable[tuple[Labels, float]]:
+        for info in self._models.all_loaded():
+            key = info.key
+            try:
+                used, total = self._engine.slots_used(key), self._engine.slots_total(key)
+            except KeyError:  # dropped since, on the loop's thread
+                continue
+            yield (key.name, str(key.version), "used"), used
+            yield (key.name, str(key.version), "free"), total - used
+
+    def _read_state_bytes(self) -> Iterable[tuple[Labels, float]]:
+        device = sum(
+            session.model.carry_bytes
+            for session in self._scheduler.sessions
+            if session.tier is Tier.DEVICE
+        )
+        return [(("device",), device), (("host",), self._store.size_bytes)]
+
+
+def _partial(file: Path) -> Path:
+    return file.with_name(file.name + ".partial")
+
+
+def _quiet_garbage_collector() -> None:
+    """Keeps the collector off what lives as long as the process.
+
+    torch alone makes some hundred thousand objects, and walking them all again and again takes
+    tens of milliseconds each time, in the middle of a tick.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)

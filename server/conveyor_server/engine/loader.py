@@ -1,0 +1,134 @@
+"""From a folder of bundles to runnable models."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from conveyor_models import Bundle, BundleError, ModelSpec, load_bundle, scan
+from conveyor_models.repository import FoundBundle
+from conveyor_server.core import ELEMENT_BYTES, InputKind, LayerInfo, ModelInfo, ModelKey
+from conveyor_server.engine.engine import SameBitsError, TorchEngine
+from conveyor_server.engine.runner import ModelRunner
+
+Fingerprint: TypeAlias = tuple[tuple[int, int, int], ...]
+"""See `FoundBundle.fingerprint`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A version that is loaded already."""
+
+    digest: str
+    fingerprint: Fingerprint | None
+    """Of its files when they were last read and were those that are loaded; None: read again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to be put into service."""
+
+    info: ModelInfo
+    runner: ModelRunner
+
+
+@dataclass(slots=True)
+class Repository:
+    """What a look through the repository found.
+
+    Attributes:
+        loaded: Versions that were not known before.
+        present: All versions that are there, those loaded before as they were then.
+        problems: A sentence for each bundle that cannot be served.
+        fingerprints: Of each version in `present`, for the next look.
+    """
+
+    loaded: list[Loaded] = field(default_factory=list[Loaded])
+    present: set[ModelKey] = field(default_factory=set[ModelKey])
+    problems: list[str] = field(default_factory=list[str])
+    fingerprints: dict[ModelKey, Fingerprint] = field(default_factory=dict[ModelKey, Fingerprint])
+
+
+def load_repository(
+    folder: Path, engine: TorchEngine, known: Mapping[ModelKey, Known], chunk_steps_max: int
+) -> Repository:
+    """Loads every bundle that is not known yet. Takes a while; may be called from any thread.
+
+    The weights of known bundles are read only where their files have changed.
+
+    Args:
+        folder: The repository.
+        engine: Prepares the models; they are added to it by the caller.
+        known: Each version already loaded, in service or not. Weights are not swapped under a
+            version's sessions: a changed bundle needs a new version, and is a problem until it has
+            one.
+        chunk_steps_max: For bundles that set no limit of their own.
+
+    Raises:
+        BundleError: The folder itself cannot be read.
+    """
+    listing = scan(folder)
+    found = Repository(problems=[str(problem) for problem in listing.problems])
+    for each in listing.bundles:
+        try:
+            _load(each, engine, known, chunk_steps_max, found)
+        except (BundleError, SameBitsError) as error:
+            found.problems.append(str(error))
+        except (RuntimeError, MemoryError) as error:  # torch's own, out of memory for instance
+            found.problems.append(f"{each.path}: cannot be loaded: {error}")
+    return found
+
+
+def _load(
+    each: FoundBundle,
+    engine: TorchEngine,
+    known: Mapping[ModelKey, Known],
+    chunk_steps_max: int,
+    found: Repository,
+) -> None:
+    key = ModelKey(each.spec.name, each.spec.version)
+    before = known.get(key)
+    if before is None or before.fingerprint != each.fingerprint:
+        bundle = load_bundle(each.path)
+        key = ModelKey(bundle.spec.name, bundle.spec.version)
+        before = known.get(key)
+        if before is None:
+            found.loaded.append(Loaded(describe(bundle, chunk_steps_max), engine.prepare(bundle)))
+        elif before.digest != bundle.digest:
+            found.problems.append(
+                f"{key.name} version {key.version}: changed since it was loaded;"
+                " give it a new version"
+            )
+            return
+    found.present.add(key)
+    found.fingerprints[key] = each.fingerprint
+
+
+def describe(bundle: Bundle, chunk_steps_max: int) -> ModelInfo:
+    """What the rooms above the engine know of a model."""
+    spec = bundle.spec
+    return ModelInfo(
+        key=ModelKey(spec.name, spec.version),
+        digest=bundle.digest,
+        description=spec.description,
+        input_kind=InputKind(spec.input.kind),
+        input_size=spec.input_size,
+        vocabulary_size=spec.vocabulary_size or 0,
+        output_size=spec.output_size,
+        activation=spec.output.activation,
+        input_labels=spec.input.labels or (),
+        output_labels=spec.output.labels or (),
+        embedding_size=0 if spec.embedding is None else spec.embedding.size,
+        layers=_layers(spec),
+        carry_bytes=spec.carry_values * ELEMENT_BYTES,
+        parameters=spec.weight_values,
+        step_multiply_adds=spec.step_multiply_adds,
+        chunk_steps_max=spec.limits.chunk_steps_max or chunk_steps_max,
+    )
+
+
+def _layers(spec: ModelSpec) -> tuple[LayerInfo, ...]:
+    return tuple(
+        LayerInfo(cell=layer.cell, size=layer.size, projection=layer.projection or 0)
+        for layer in spec.layers
+    )

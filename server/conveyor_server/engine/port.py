@@ -1,0 +1,77 @@
+"""What the scheduler asks of an engine. No torch here, so that a fake engine needs none."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from conveyor_server.core import ModelKey
+
+
+@dataclass(slots=True)
+class Work:
+    """One session's part of a batch: consecutive steps on one slot."""
+
+    slot: int
+    length: int
+    rows: bytes | memoryview
+    """The input rows, packed."""
+    outputs: int
+    """How many of the last steps' output rows are wanted: 0 to `length`."""
+
+
+@dataclass(slots=True)
+class Done:
+    """What became of one `Work`."""
+
+    rows: bytes
+    """The wanted output rows, packed, float32."""
+    finite: bool = True
+    """False: the new carry has a NaN or an infinity and was not kept."""
+
+
+class Engine(Protocol):
+    """Runs batches and keeps carries by slot. Not thread-safe: one caller at a time."""
+
+    def run(self, key: ModelKey, works: Sequence[Work]) -> list[Done]:
+        """Advances every work's carry by its steps.
+
+        Args:
+            key: The model.
+            works: At least one; no slot twice.
+
+        Returns:
+            One result for each work, in order. Bits depend on a work's own carry and rows alone.
+
+        Raises:
+            EngineFailed: Nothing was changed: every carry is as it was.
+            DeviceOutOfMemory: Likewise.
+        """
+        ...
+
+    def acquire(self, key: ModelKey) -> int | None:
+        """Takes a slot, its carry initial; None if all are taken."""
+        ...
+
+    def release(self, key: ModelKey, slot: int) -> None:
+        """Gives a slot back."""
+        ...
+
+    def reset(self, key: ModelKey, slot: int) -> None:
+        """Makes a slot's carry the initial one."""
+        ...
+
+    def read(self, key: ModelKey, slot: int) -> bytes:
+        """A slot's carry: for each layer h, then c where there is one; float32, little-endian."""
+        ...
+
+    def write(self, key: ModelKey, slot: int, carry: bytes) -> None:
+        """The opposite of `read`."""
+        ...
+
+    def slots_used(self, key: ModelKey) -> int:
+        """Slots taken."""
+        ...
+
+    def slots_total(self, key: ModelKey) -> int:
+        """Slots there are, the dummy not counted."""
+        ...

@@ -1,0 +1,40 @@
+"""The log: one JSON object a line on standard error, whatever is in the message."""
+
+import json
+import logging
+import sys
+import traceback
+from datetime import UTC, datetime
+from typing import Final
+
+_STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JsonFormatter(logging.Formatter):
+    """Time, level, logger and message, then what was given as `extra`.
+
+    The traceback, if there is one, comes last.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Writes one line.
+
+        JSON escapes control characters, so no caller's text can forge a line or drive a terminal.
+        """
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
+        if record.exc_info and record.exc_info[1] is not None:
+            line["exception"] = "".join(traceback.format_exception(record.exc_info[1]))
+        return json.dumps(line, default=str)
+
+
+def configure_logging(level: str) -> None:
+    """Sends everything from `level` up to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -1,0 +1,160 @@
+"""Generate: a closed loop, its outputs streamed as they come."""
+
+import asyncio
+
+from conveyor.v1 import session_pb2
+from conveyor_server.admission import check_model_name, check_session_id
+from conveyor_server.core import Chunk, ModelInfo, OpenRequest, OutputMode
+from conveyor_server.errors import (
+    InvalidField,
+    InvalidMemory,
+    SlowReader,
+    StepGap,
+    StepResultNotHeld,
+)
+from conveyor_server.rpc.service import Context, Services
+from conveyor_server.scheduler.generation import Generation, Made
+from conveyor_server.scheduler.sampling import Sampling
+
+_METHOD = ("unary_stream", "conveyor.v1.SessionService", "Generate")
+
+
+async def generate(
+    services: Services,
+    caller: str,
+    request: session_pb2.GenerateRequest,
+    context: Context,
+) -> None:
+    """Runs Generate on a session, or on one made for the call."""
+    if request.HasField("memory"):
+        raise InvalidMemory("the model has no attention, so it takes no memory")
+    if request.WhichOneof("target") == "session_id":
+        check_session_id(request.session_id)
+        if request.version:
+            raise InvalidField("version", "only with model")
+        await _Loop(services, caller, request, context, request.session_id).run()
+    elif request.model:
+        if request.first_step > 1:
+            raise InvalidField("first_step", "only with session_id")
+        check_model_name(request.model)
+        wanted = OpenRequest(caller, "", request.model, request.version, ephemeral=True)
+        opened = await services.driver.call(lambda operations: operations.open(wanted))
+        session_id = opened.view.session_id
+        try:
+            await _Loop(services, caller, request, context, session_id).run()
+        finally:
+            services.driver.post(lambda operations: operations.discard(caller, session_id))
+    else:
+        raise InvalidField("target", "neither session_id nor model is set")
+
+
+class _Loop:
+    """One call."""
+
+    def __init__(
+        self,
+        services: Services,
+        caller: str,
+        request: session_pb2.GenerateRequest,
+        context: Context,
+        session_id: str,
+    ) -> None:
+        self._services = services
+        self._caller = caller
+        self._request = request
+        self._context = context
+        self._session_id = session_id
+        self._epoch = 0
+        self._changed = asyncio.Event()
+
+    async def run(self) -> None:
+        request, services = self._request, self._services
+        model, self._epoch, applied, output = await services.driver.call(
+            lambda operations: operations.position(self._caller, self._session_id)
+        )
+        services.admission.message(request.prompt)
+        sampling = Sampling(request.temperature, request.top_k, request.seed)
+        plan = services.admission.generation(
+            model,
+            prompt=request.prompt,
+            prompt_length=request.prompt_length,
+            steps_max=request.steps_max,
+            sampling=sampling,
+            stop_tokens=request.stop_tokens,
+        )
+        if request.first_step not in (0, applied + 1):
+            raise StepGap(request.first_step, applied + 1)
+        generation = Generation(plan, self._submit_step, self._changed.set)
+        if request.prompt_length:
+            self._submit(applied + 1, request.prompt_length, request.prompt, generation)
+        elif not applied:
+            raise InvalidField("prompt", "required for a session never stepped")
+        elif output is None:
+            raise StepResultNotHeld(
+                f"the output of step {applied} is not held; give a prompt", first_step=applied
+            )
+        else:
+            generation.begin(applied, output)
+        try:
+            await self._stream(generation, model)
+        finally:
+            generation.stop()
+
+    async def _stream(self, generation: Generation, model: ModelInfo) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            made = generation.take()
+            ended = generation.end if generation.error is None else None
+            if made or ended is not None:
+                await self._write(_response(made, model, generation, last=ended is not None))
+                self._services.metrics.grpc_sent.add(1, *_METHOD)
+            if generation.error is not None:
+                raise generation.error
+            if ended is not None:
+                return
+
+    async def _write(self, response: session_pb2.GenerateResponse) -> None:
+        seconds_max = self._services.config.limits.slow_reader_seconds_max
+        try:
+            async with asyncio.timeout(seconds_max):
+                await self._context.write(response)
+        except TimeoutError as error:
+            raise SlowReader(
+                "the client does not read what is made",
+                limit="limits.slow_reader_seconds_max",
+                maximum=seconds_max,
+            ) from error
+
+    def _submit_step(self, step: int, row: bytes, generation: Generation) -> None:
+        self._submit(step, 1, row, generation)
+
+    def _submit(self, first_step: int, length: int, rows: bytes, generation: Generation) -> None:
+        self._services.driver.submit(
+            Chunk(
+                session_id=self._session_id,
+                principal=self._caller,
+                model=generation.plan.model,
+                epoch=self._epoch,  # a later claim ends this one
+                first_step=first_step,
+                length=length,
+                rows=rows,
+                output=OutputMode.LAST,
+                reply=generation,
+                arrived_seconds=self._services.clock.monotonic(),
+            )
+        )
+
+
+def _response(
+    made: list[Made], model: ModelInfo, generation: Generation, *, last: bool
+) -> session_pb2.GenerateResponse:
+    response = session_pb2.GenerateResponse(step=made[0].step if made else 0)
+    if model.vocabulary_size:
+        response.tokens.extend(each.token for each in made)
+    else:
+        response.rows = b"".join(each.row for each in made)
+    if last and generation.end is not None:
+        response.end = session_pb2.GenerateEnd.ValueType(generation.end)
+        response.applied_step = generation.applied_step
+    return response

@@ -1,0 +1,163 @@
+"""What waits to be sent on one stream.
+
+Pieces that come between two writes, which means those of one tick and, with a slow client, of
+several, leave in one results frame.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from conveyor.v1 import session_pb2
+from conveyor_server.core import Piece
+from conveyor_server.metrics import Metrics
+from conveyor_server.rpc.service import Context
+
+FRAME_BYTES_TARGET: Final = 2**20
+"""A results frame is closed when its pieces reach this.
+
+Only a single larger piece makes a larger one.
+"""
+_CONTROL_BYTES: Final = 256
+"""What a frame without rows is counted as."""
+_ENTRY_BYTES: Final = 64
+"""What a piece is counted as beside its rows."""
+METHOD: Final = ("stream_stream", "conveyor.v1.SessionService", "StreamSteps")
+"""How calls of StreamSteps and their messages are counted."""
+
+MakeFrame = Callable[[], session_pb2.StreamStepsResponse]
+"""A frame that is made when it is written: the scheduler puts nouns here and converts nothing."""
+
+
+class Outbox:
+    """Frames and pieces in the order they came, filled by the scheduler.
+
+    The stream's writer empties it, or its reader does where what it read was answered at once: a
+    detour through another task costs a lone client a tenth of its latency.
+
+    Attributes:
+        held: Whether the reader is about to look and the writer need not be woken.
+        frames_written: Grows with every write.
+        size_bytes: What waits.
+    """
+
+    def __init__(self, metrics: Metrics, frame_bytes_max: int) -> None:
+        """`frame_bytes_max`: the largest message the other side is known to take."""
+        self._metrics = metrics
+        self._frame_bytes = min(FRAME_BYTES_TARGET, frame_bytes_max)
+        self._items: deque[tuple[int, Piece | MakeFrame]] = deque()
+        self._wake: asyncio.Future[None] | None = None
+        self._changed = asyncio.Event()
+        self._finished = False
+        self._writing = False
+        self.held = False
+        self.frames_written = 0
+        self.size_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def blocked(self) -> bool:
+        """Whether a write is under way."""
+        return self._writing
+
+    def put_piece(self, handle: int, piece: Piece) -> None:
+        """Adds a result."""
+        self._items.append((handle, piece))
+        self.size_bytes += len(piece.rows) + _ENTRY_BYTES
+        self._wake_writer()
+
+    def put(self, make_frame: MakeFrame) -> None:
+        """Adds any other frame."""
+        self._items.append((0, make_frame))
+        self.size_bytes += _CONTROL_BYTES
+        self._wake_writer()
+
+    def notify(self) -> None:
+        """Something that `until` may be waiting for changed."""
+        self._changed.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Returns once the condition holds.
+
+        It is looked at after every write and every `notify`.
+        """
+        while not condition():
+            self._changed.clear()
+            await self._changed.wait()
+
+    def finish(self) -> None:
+        """Lets the writer write what is there, then end."""
+        self._finished = True
+        self._wake_writer()
+
+    async def write_to(self, context: Context) -> None:
+        """Writes what comes until `finish`."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self.flush(context)
+            if self._finished and not self._writing:
+                return
+            self._wake = loop.create_future()
+            await self._wake
+
+    async def flush(self, context: Context, *, frames_max: int | None = None) -> None:
+        """Writes what is there, unless that is being done already.
+
+        Beyond `frames_max` the stream's writer goes on: while ticks follow one another there is
+        always more to write, and the reader has to get back to reading.
+        """
+        if self._writing:
+            return
+        self._writing = True
+        begun = self.frames_written
+        try:
+            while self._items and (frames_max is None or self.frames_written - begun < frames_max):
+                await context.write(self._next_frame())
+                self._metrics.grpc_sent.add(1, *METHOD)
+                self.frames_written += 1
+                self._changed.set()
+        finally:
+            self._writing = False
+        if self._items:
+            self._wake_writer()
+
+    def _wake_writer(self) -> None:
+        if self.held or self._writing or self._wake is None or self._wake.done():
+            return
+        self._wake.set_result(None)
+
+    def _next_frame(self) -> session_pb2.StreamStepsResponse:
+        items = self._items
+        make_frame = items[0][1]
+        if not isinstance(make_frame, Piece):
+            self.size_bytes -= _CONTROL_BYTES
+            items.popleft()
+            return make_frame()
+        response = session_pb2.StreamStepsResponse()
+        results = response.results
+        rows: list[bytes] = []
+        size = 0
+        while items:
+            handle, piece = items[0]
+            if not isinstance(piece, Piece):
+                break
+            piece_bytes = len(piece.rows) + _ENTRY_BYTES
+            if size and size + piece_bytes > self._frame_bytes:
+                break
+            items.popleft()
+            results.entries.add(
+                handle=handle,
+                first_step=piece.first_step,
+                length=piece.length,
+                rows_length=piece.rows_length,
+                durable_step=piece.durable_step,
+                duplicate=piece.duplicate,
+            )
+            rows.append(piece.rows)
+            size += piece_bytes
+        results.rows = b"".join(rows)
+        self.size_bytes -= size
+        return response

@@ -1,0 +1,162 @@
+"""The gRPC server: services, health, reflection, transport limits."""
+
+import socket
+from pathlib import Path
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from conveyor.v1 import model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
+from conveyor_server.config import LimitsConfig, ListenConfig
+from conveyor_server.core import ModelInfo
+from conveyor_server.rpc.calls import Authenticator, CallInterceptor
+from conveyor_server.rpc.models import ModelServicer
+from conveyor_server.rpc.service import Services
+from conveyor_server.rpc.sessions import SessionServicer
+from conveyor_server.rpc.streams import Streams
+
+_FRAME_BYTES = 64 * 2**10
+_ENTRY_BYTES = 32
+"""What a message and each entry of a steps frame may have beside rows; then the transport refuses.
+
+An entry's handle, first step, length and mode take 30 bytes with their largest values.
+"""
+
+_SESSION_SERVICE = session_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name
+_MODEL_SERVICE = model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
+
+
+class AddressError(Exception):
+    """The configured address cannot be used."""
+
+
+class GrpcServer:
+    """Starts, drains and stops the services."""
+
+    def __init__(self, services: Services) -> None:
+        """Builds the server; it listens from `start` on."""
+        config = services.config
+        self._shutdown = config.shutdown
+        self._streams = Streams(config.limits.streams_max)
+        self._health = health.aio.HealthServicer()
+        self._serving: dict[str, set[int]] = {}
+        interceptor = CallInterceptor(
+            Authenticator(config.auth.tokens),
+            services.metrics,
+            services.clock,
+            config.limits.metadata_bytes_max,
+        )
+        self._server = aio.server(
+            interceptors=[interceptor],
+            options=transport_options(config.limits),
+            maximum_concurrent_rpcs=config.limits.concurrent_calls_max,
+        )
+        session_pb2_grpc.add_SessionServiceServicer_to_server(
+            SessionServicer(services, self._streams), self._server
+        )
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(services), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if config.listen.reflection:
+            names = (_SESSION_SERVICE, _MODEL_SERVICE, "grpc.health.v1.Health")
+            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._server)
+        services.metrics.gauge(
+            "conveyor_streams",
+            "StreamSteps calls under way.",
+            (),
+            lambda: [((), len(self._streams))],
+        )
+
+    async def start(self, listen: ListenConfig) -> str:
+        """Listens, and returns host:port.
+
+        Raises:
+            AddressError: The address or the TLS files cannot be used.
+        """
+        try:
+            credentials = _credentials(listen.tls_certificate_file, listen.tls_key_file)
+            if credentials is None:
+                port = self._server.add_insecure_port(listen.address)
+            else:
+                port = self._server.add_secure_port(listen.address, credentials)
+        except OSError as error:
+            raise AddressError(f"cannot listen on {listen.address}: {error}") from error
+        except RuntimeError as error:
+            why = _bind_problem(listen.address)
+            raise AddressError(f"cannot listen on {listen.address}: {why}") from error
+        await self._server.start()
+        for service in ("", _SESSION_SERVICE, _MODEL_SERVICE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        return f"{listen.address.rpartition(':')[0]}:{port}"
+
+    async def set_model_serving(self, info: ModelInfo, serving: bool) -> None:
+        """Health of a model: of `name/version`, and of its name while any version serves."""
+        name, version = info.key.name, info.key.version
+        versions = self._serving.setdefault(name, set())
+        (versions.add if serving else versions.discard)(version)
+        for service, served in ((name, bool(versions)), (f"{name}/{version}", serving)):
+            status = (
+                health_pb2.HealthCheckResponse.SERVING
+                if served
+                else health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            )
+            await self._health.set(service, status)
+
+    async def drain(self) -> None:
+        """Not serving any more: health says so, every stream is told, and no new one is taken."""
+        await self._health.enter_graceful_shutdown()
+        self._streams.drain(self._shutdown.reconnect_after_seconds)
+
+    async def stop(self) -> None:
+        """Ends: calls under way have the grace period to end by themselves."""
+        await self._server.stop(self._shutdown.grace_seconds)
+
+
+def transport_options(limits: LimitsConfig) -> list[tuple[str, int]]:
+    """The options of the server's transport.
+
+    Its own limits stand above ours, so that ours speak first and with a reason.
+    """
+    message_bytes_max = (
+        limits.message_bytes_max + _FRAME_BYTES + _ENTRY_BYTES * limits.frame_entries_max
+    )
+    return [
+        ("grpc.max_receive_message_length", min(message_bytes_max, 2**31 - 1)),
+        # Results are bounded by what was asked for; the client states its own limit.
+        ("grpc.max_send_message_length", -1),
+        # Between the two gRPC refuses at random, the more likely the larger.
+        ("grpc.max_metadata_size", 4 * limits.metadata_bytes_max),
+        ("grpc.absolute_max_metadata_size", 8 * limits.metadata_bytes_max),
+        # Two servers on one port would each hold half of the sessions.
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.max_ping_strikes", 4),
+    ]
+
+
+def _bind_problem(address: str) -> str:
+    """Why an address that gRPC could not listen on cannot be bound; gRPC does not tell."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return "not of the form host:port"
+    try:
+        found = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        for family, kind, protocol, _, bound in found:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.bind(bound)
+    except (OSError, OverflowError) as error:
+        return (getattr(error, "strerror", None) or str(error)).lower()
+    return "gRPC could not bind it"
+
+
+def _credentials(certificate: Path | None, key: Path | None) -> grpc.ServerCredentials | None:
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise AddressError("TLS needs both a certificate and a key file")
+    return grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])

@@ -1,0 +1,433 @@
+"""What can be done to sessions beside stepping them.
+
+Every method runs on the scheduler's thread between two ticks (see `driver`). Those that concern
+what was sent before them (close, reset, fork, export) take a `Future` and wait in the session's
+queue as a barrier.
+"""
+
+import logging
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol, TypeVar
+
+from conveyor_server.core import (
+    STEP_MAX,
+    Durability,
+    ModelInfo,
+    ModelKey,
+    Opened,
+    OpenMode,
+    OpenRequest,
+    Owner,
+    SessionView,
+)
+from conveyor_server.errors import (
+    CheckpointNotRetained,
+    ConveyorError,
+    Internal,
+    InvalidField,
+    ModelNotStreamable,
+    NotSupported,
+    ServerDraining,
+    SessionClosed,
+    SessionExists,
+    SessionMismatch,
+    SessionQuarantined,
+    SessionsLimit,
+    SessionSuperseded,
+    SnapshotIncompatible,
+)
+from conveyor_server.scheduler.scheduler import Scheduler
+from conveyor_server.sessions.held import HeldResults
+from conveyor_server.sessions.session import Barrier, Session
+from conveyor_server.sessions.tokens import check_token, make_token
+from conveyor_server.store.checkpoint import Checkpoint, Header, check_fits, decode, encode
+
+T_contra = TypeVar("T_contra", contravariant=True)
+_log = logging.getLogger(__name__)
+
+
+class Future(Protocol[T_contra]):
+    """Takes the outcome of a barrier, at once or later."""
+
+    def set_result(self, result: T_contra, /) -> None:
+        """It is done."""
+        ...
+
+    def set_exception(self, exception: ConveyorError, /) -> None:
+        """It is refused."""
+        ...
+
+
+class Operations:
+    """Session management on a scheduler."""
+
+    def __init__(self, scheduler: Scheduler, incarnation: str) -> None:
+        """`incarnation` names this life of the server's memory; tokens of another are refused."""
+        self._scheduler = scheduler
+        self._incarnation = incarnation
+        self.draining = False
+
+    @property
+    def _now(self) -> float:
+        return self._scheduler.clock.monotonic()
+
+    def open(self, request: OpenRequest, owner: Owner | None = None) -> Opened:
+        """Creates or resumes a session and claims it for `owner`.
+
+        Raises:
+            ServerDraining, NotSupported, ModelNotFound, SessionNotFound, SessionEnded,
+            SessionExists, SessionMismatch, SessionsLimit, PrincipalSessionsLimit, InvalidToken,
+            StoreLostWrites.
+        """
+        if self.draining:
+            raise ServerDraining
+        if request.durability is not Durability.NONE:
+            raise NotSupported("this server has no store; durability is NONE only")
+        key = (request.principal, request.session_id)
+        session = self._scheduler.sessions.find(key) if request.session_id else None
+        if request.token:
+            check_token(request.token, request.session_id, self._incarnation)
+        if session is None:
+            # A token speaks of a session that was; a new one in its place would be a silent step
+            # back.
+            if request.mode is OpenMode.RESUME or request.token:
+                self._scheduler.sessions.get(key, self._now)
+            return self._create(request, owner)
+        return self._resume(session, request, owner)
+
+    def get(self, principal: str, session_id: str) -> SessionView:
+        """Describes a session."""
+        return self._find(principal, session_id).view(self._now)
+
+    def page(
+        self, principal: str, *, after: str, size: int, model: str
+    ) -> tuple[list[SessionView], bool, int]:
+        """See `SessionTable.page`."""
+        now = self._now
+        sessions, more, total = self._scheduler.sessions.page(
+            principal, after=after, size=size, model=model
+        )
+        return [session.view(now) for session in sessions], more, total
+
+    def keep_alive(self, principal: str, session_ids: Sequence[str], owner: Owner) -> None:
+        """Starts the idle time of an owner's sessions anew."""
+        for session_id in session_ids:
+            session = self._scheduler.sessions.find((principal, session_id))
+            if session is not None and session.owner is owner:
+                session.active_monotonic = self._now
+
+    def detach(self, principal: str, session_id: str, epoch: int, owner: Owner) -> int | None:
+        """The owner is gone: what it sent and nobody waits for is dropped; the session lives on.
+
+        Returns:
+            The applied step, or None if the session was no longer this owner's.
+        """
+        session = self._scheduler.sessions.find((principal, session_id))
+        if session is None or session.owner is not owner or session.epoch != epoch:
+            return None
+        session.owner = None
+        gone = SessionSuperseded(f"session {session_id!r} was given back by its stream")
+        self._scheduler.fail_chunks(session, gone, only=lambda chunk: chunk.reply is owner)
+        self._scheduler.advance(session)
+        return session.applied
+
+    def position(self, principal: str, session_id: str) -> tuple[ModelInfo, int, int, bytes | None]:
+        """A session's model, epoch, applied step and, if it is held, that step's output row."""
+        session = self._find(principal, session_id)
+        return session.model, session.epoch, session.applied, session.held.newest_output()
+
+    def describe_models(self) -> list[tuple[ModelInfo, int, bool]]:
+        """Versions in service: each with its open sessions and whether it is its name's newest."""
+        models = self._scheduler.models
+        return [(info, models.sessions[info.key], models.newest(info)) for info in models]
+
+    def describe_model(self, name: str, version: int) -> tuple[ModelInfo, int, bool]:
+        """One version as in `describe_models`, also one out of service that sessions still use.
+
+        Raises:
+            ModelNotFound: It is not loaded; for version 0: there is none in service.
+        """
+        models = self._scheduler.models
+        info = models.loaded(ModelKey(name, version)) or models.resolve(name, version)
+        newest = any(each.key == info.key and models.newest(each) for each in models)
+        return info, models.sessions[info.key], newest
+
+    def close(
+        self,
+        principal: str,
+        session_id: str,
+        future: Future[SessionView],
+        owner: Owner | None = None,
+        epoch: int = 0,
+    ) -> None:
+        """Ends a session after what was sent before.
+
+        Args:
+            principal: Whose.
+            session_id: Which.
+            future: Takes the session as it was at its end.
+            owner: Who asks, and needs not be told.
+            epoch: The claim that ends with it; 0: any. A claim that was lost closes nothing.
+        """
+
+        def run(session: Session) -> None:
+            if epoch not in (0, session.epoch):
+                raise SessionSuperseded(f"session {session_id!r} was opened elsewhere since")
+            view = session.view(self._now)
+            told = session.owner is not owner
+            ended = SessionClosed(f"session {session_id!r} was closed")
+            self._scheduler.end(session, ended, tell_owner=told)
+            future.set_result(view)
+
+        self._after_queue(principal, session_id, future, run)
+
+    def discard(self, principal: str, session_id: str) -> None:
+        """Ends a session made for one call, if it is still there."""
+        session = self._scheduler.sessions.find((principal, session_id))
+        if session is not None:
+            self._scheduler.end(session, SessionClosed("the call it was made for is over"))
+
+    def reset(self, principal: str, session_id: str, future: Future[SessionView]) -> None:
+        """Takes a session back to its beginning, and out of quarantine."""
+
+        def run(session: Session) -> None:
+            self._scheduler.residency.clear(session)
+            session.held.clear()
+            self._scheduler.held.update(session.key, session.held)
+            session.applied = session.durable = 0
+            session.quarantined = False
+            session.active_monotonic = self._now
+            future.set_result(session.view(self._now))
+
+        self._after_queue(principal, session_id, future, run)
+
+    def fork(
+        self,
+        principal: str,
+        session_id: str,
+        new_session_ids: Sequence[str],
+        at_step: int,
+        future: Future[list[SessionView]],
+    ) -> None:
+        """Copies a session, all copies or none; of the results held, the newest step's only."""
+
+        def run(session: Session) -> None:
+            if self.draining:
+                raise ServerDraining
+            _check_copyable(session)
+            if at_step and at_step != session.applied:
+                raise CheckpointNotRetained(
+                    f"session {session_id!r} is at step {session.applied}, not at {at_step}",
+                    applied_step=session.applied,
+                )
+            ids = [self._free_id(principal, new_id) for new_id in new_session_ids]
+            self._scheduler.sessions.check_room(principal, len(ids))
+            checkpoint = self._scheduler.residency.checkpoint(session)
+            if session.applied:
+                self._check_host_room(checkpoint, principal, ids)
+            copies = [self._copy(session, new_id, checkpoint.carry) for new_id in ids]
+            future.set_result([copy.view(self._now) for copy in copies])
+
+        self._after_queue(principal, session_id, future, run)
+
+    def export(
+        self, principal: str, session_id: str, future: Future[tuple[SessionView, bytes]]
+    ) -> None:
+        """Takes a snapshot."""
+
+        def run(session: Session) -> None:
+            _check_copyable(session)
+            checkpoint = self._scheduler.residency.checkpoint(session)
+            anonymous = replace(checkpoint.header, principal="")
+            snapshot = encode(Checkpoint(anonymous, checkpoint.carry))
+            future.set_result((session.view(self._now), snapshot))
+
+        self._after_queue(principal, session_id, future, run)
+
+    def import_(
+        self, principal: str, snapshot: bytes, session_id: str, idle_seconds: float
+    ) -> SessionView:
+        """Makes a session from a snapshot.
+
+        Raises:
+            SnapshotCorrupt, SnapshotIncompatible, SessionExists, SessionsLimit,
+            PrincipalSessionsLimit, ServerDraining.
+        """
+        if self.draining:
+            raise ServerDraining
+        checkpoint = decode(snapshot)
+        model = self._model_of(checkpoint.header)
+        check_fits(checkpoint, model)
+        new_id = self._free_id(principal, session_id or checkpoint.header.session_id)
+        self._scheduler.sessions.check_room(principal)
+        self._check_host_room(checkpoint, principal, [new_id])
+        session = self._new_session(principal, new_id, model, idle_seconds)
+        self._scheduler.residency.place(session, checkpoint.carry, checkpoint.header.step)
+        return session.view(self._now)
+
+    # --- helpers ---------------------------------------------------------------------------------
+
+    def _find(self, principal: str, session_id: str) -> Session:
+        return self._scheduler.sessions.get((principal, session_id), self._now)
+
+    def _after_queue(
+        self,
+        principal: str,
+        session_id: str,
+        future: Future[T_contra],
+        run: Callable[[Session], None],
+    ) -> None:
+        def guarded(session: Session) -> None:
+            try:
+                run(session)
+            except ConveyorError as error:
+                future.set_exception(error)
+            except Exception:  # noqa: BLE001  it fails its caller, not everybody's ticks
+                _log.exception("an operation raised what it must not")
+                future.set_exception(Internal())
+
+        try:
+            session = self._find(principal, session_id)
+        except ConveyorError as error:
+            future.set_exception(error)
+            return
+        session.queue.append(Barrier(guarded, future.set_exception))
+        if len(session.queue) == 1:
+            self._scheduler.advance(session)
+
+    def _create(self, request: OpenRequest, owner: Owner | None) -> Opened:
+        if not request.model:
+            raise InvalidField(
+                "model", "there is no such session, and to create one a model is needed"
+            )
+        model = self._scheduler.models.resolve(request.model, request.version)
+        if not model.streamable and not request.ephemeral:
+            raise ModelNotStreamable(
+                f"model {request.model!r} has bidirectional or reverse layers; use Predict"
+            )
+        self._scheduler.sessions.check_room(request.principal)
+        session = self._new_session(
+            request.principal,
+            self._free_id(request.principal, request.session_id),
+            model,
+            request.idle_seconds or self._scheduler.limits.idle_seconds_default,
+            labels=request.labels,
+            ephemeral=request.ephemeral,
+        )
+        session.owner = owner
+        return self._opened(session, resumed=False)
+
+    def _resume(self, session: Session, request: OpenRequest, owner: Owner | None) -> Opened:
+        if request.mode is OpenMode.CREATE:
+            raise SessionExists(f"there is a session {session.session_id!r} already")
+        key = session.model.key
+        if (request.model and request.model != key.name) or request.version not in (0, key.version):
+            raise SessionMismatch(
+                f"session {session.session_id!r} is on model {key.name!r} version {key.version}"
+            )
+        self._revoke(session)
+        self._scheduler.advance(session)
+        if self._scheduler.sessions.find(session.key) is not session:
+            return self.open(request, owner)  # a close waited behind what was revoked
+        session.owner = owner
+        session.active_monotonic = self._now
+        if request.idle_seconds is not None:
+            session.idle_seconds = request.idle_seconds
+            self._scheduler.sessions.renew(session)
+        self._scheduler.metrics.resumes.add(1, "claimed")
+        return self._opened(session, resumed=True)
+
+    def _revoke(self, session: Session) -> None:
+        """Ends the claim there is: what was sent under it and has not run is dropped."""
+        lost, epoch = session.owner, session.epoch
+        superseded = SessionSuperseded(f"session {session.session_id!r} was opened elsewhere")
+        session.owner = None
+        session.epoch += 1
+        self._scheduler.fail_chunks(
+            session, superseded, only=lambda chunk: chunk.epoch not in (0, session.epoch)
+        )
+        if lost is not None:
+            lost.lost(session.session_id, epoch, session.applied, superseded)
+
+    def _opened(self, session: Session, *, resumed: bool) -> Opened:
+        token = make_token(session.session_id, session.epoch, self._incarnation)
+        return Opened(session.view(self._now), resumed, token)
+
+    def _new_session(
+        self,
+        principal: str,
+        session_id: str,
+        model: ModelInfo,
+        idle_seconds: float,
+        *,
+        labels: tuple[tuple[str, str], ...] = (),
+        ephemeral: bool = False,
+    ) -> Session:
+        limits = self._scheduler.limits
+        now = self._now
+        session = Session(
+            session_id=session_id,
+            principal=principal,
+            model=model,
+            idle_seconds=min(idle_seconds, limits.idle_seconds_max),
+            lifetime_seconds=limits.lifetime_seconds_max,
+            created_monotonic=now,
+            created_wall=self._scheduler.clock.wall(),
+            active_monotonic=now,
+            held=HeldResults(limits.held_results_steps_max, limits.held_results_bytes_max),
+            labels=labels,
+            ephemeral=ephemeral,
+        )
+        self._scheduler.sessions.add(session)
+        self._scheduler.models.session_began(model.key)
+        return session
+
+    def _check_host_room(
+        self, checkpoint: Checkpoint, principal: str, new_ids: Sequence[str]
+    ) -> None:
+        """Refuses copies that others would have to be evicted for."""
+        header = replace(
+            checkpoint.header,
+            principal=principal,
+            session_id=max(new_ids, key=len),
+            epoch=STEP_MAX,  # as long as it can be written
+        )
+        size = len(encode(Checkpoint(header, checkpoint.carry)))
+        if len(new_ids) * size > self._scheduler.host_room_bytes:
+            raise SessionsLimit(
+                "the server has no room for the state of so many more sessions",
+                limit="limits.host_state_bytes_max",
+                maximum=self._scheduler.limits.host_state_bytes_max,
+            )
+
+    def _copy(self, source: Session, session_id: str, carry: bytes) -> Session:
+        copy = self._new_session(
+            source.principal, session_id, source.model, source.idle_seconds, labels=source.labels
+        )
+        if source.applied:
+            self._scheduler.residency.place(copy, carry, source.applied)
+            copy.held.take_newest(source.held)
+            self._scheduler.held.update(copy.key, copy.held)
+        return copy
+
+    def _free_id(self, principal: str, session_id: str) -> str:
+        if not session_id:
+            return uuid.uuid4().hex
+        if self._scheduler.sessions.find((principal, session_id)) is not None:
+            raise SessionExists(f"there is a session {session_id!r} already")
+        return session_id
+
+    def _model_of(self, header: Header) -> ModelInfo:
+        for model in self._scheduler.models:
+            if model.digest == header.model_digest and model.key.name == header.model:
+                return model
+        raise SnapshotIncompatible(
+            f"no version of model {header.model!r} here has digest {header.model_digest}"
+        )
+
+
+def _check_copyable(session: Session) -> None:
+    if session.quarantined:
+        raise SessionQuarantined(f"session {session.session_id!r} is quarantined")

@@ -1,0 +1,242 @@
+"""Same bits whatever the batch, the chunking and the slot (see ``same_bits``), and mutants."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, find, settings
+from torch import Tensor
+
+from conveyor_models import load_bundle
+from conveyor_server.engine import engine as engine_module
+from conveyor_server.engine import lstm, runner
+from conveyor_server.engine.engine import SameBitsError, TorchEngine
+from conveyor_server.engine.probe import same_bits
+from conveyor_server.engine.products import BlockedFamily, Product, ProductFamily
+from tests.fidelity.networks import (
+    CPU,
+    families,
+    load,
+    make_bundle,
+    make_spec,
+    random_rows,
+    random_weights,
+)
+from tests.fidelity.same_bits import SETTINGS, Scenario, Turn, difference, holds, scenarios
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("family", families(1), ids=lambda family: family.name)
+def test_bits_depend_on_the_session_alone(family: ProductFamily) -> None:
+    holds(lambda: family, examples=120)
+
+
+def test_bits_depend_on_the_session_alone_with_two_threads() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fidelity.same_bits", "2", "40"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("same bits with 2 threads") == len(families(2))
+
+
+@pytest.mark.parametrize("name", ["letters", "temperature"])
+@pytest.mark.parametrize("family", families(1), ids=lambda family: family.name)
+def test_a_shipped_model_keeps_its_bits(name: str, family: ProductFamily) -> None:
+    bundle = load_bundle(ROOT / "models" / "zoo" / name)
+    loaded = load(bundle, family=family, slots=48)
+    inputs = [random_rows(bundle.spec, 1 + 7 * (number % 9), number) for number in range(37)]
+    together = loaded.run_batch(inputs)
+    for rows, out in zip(inputs, together, strict=True):
+        assert loaded.run_batch([rows])[0].tobytes() == out.tobytes()
+        slot = loaded.acquire()
+        steps = [loaded.run(slot, rows[t : t + 1]).tobytes() for t in range(len(rows))]
+        assert b"".join(steps) == out.tobytes()
+        loaded.engine.release(loaded.key, slot)
+
+
+def test_the_probe_leaves_every_carry_as_it_was() -> None:
+    spec = make_spec([17, (33, 9)], features=3)
+    loaded = load(make_bundle(spec, random_weights(spec, 0)), slots=4)
+    slot = loaded.acquire()
+    loaded.run(slot, random_rows(spec, 5, 0))
+    before = loaded.engine.read(loaded.key, slot)
+    assert same_bits(loaded.runner, spec)
+    assert loaded.engine.read(loaded.key, slot) == before
+    assert loaded.engine.slots_used(loaded.key) == 1
+    loaded.runner.pool.allocator.check()
+
+
+# --- would a family that breaks the promise be noticed? ---
+
+
+class ByShape:
+    """A product that sums in an order chosen by the number of rows, as a BLAS may."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._exact = BlockedFamily().product(weight, bias)
+        self._backwards = BlockedFamily().product(weight.flip(1), bias)
+
+    def linear(self, x: Tensor) -> Tensor:
+        return self._exact.linear(x) if len(x) <= 32 else self._backwards.linear(x.flip(1))
+
+    def logistic(self, x: Tensor) -> Tensor:
+        return self.linear(x).sigmoid()
+
+    def accumulate(self, x: Tensor, y: Tensor) -> Tensor:
+        if len(x) <= 32:
+            return self._exact.accumulate(x, y)
+        return self._backwards.accumulate(x.flip(1), y)
+
+
+class ByShapeFamily:
+    name = "by-shape"
+    rows_multiple = 32
+
+    def product(self, weight: Tensor, bias: Tensor | None) -> Product:
+        return ByShape(weight, bias)
+
+
+class Plain:
+    """The library's own product, its kernel chosen by the number of rows."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight_t = weight.t()
+        self._bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+
+    def linear(self, x: Tensor) -> Tensor:
+        return torch.addmm(self._bias, x, self._weight_t)
+
+    def logistic(self, x: Tensor) -> Tensor:
+        return self.linear(x).sigmoid()
+
+    def accumulate(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.addmm(y, x, self._weight_t)
+
+
+class PlainFamily:
+    name = "plain"
+    rows_multiple = 1
+
+    def product(self, weight: Tensor, bias: Tensor | None) -> Product:
+        return Plain(weight, bias)
+
+
+def _skip_unless_products_differ() -> None:
+    x, w = torch.randn(64, 100), torch.randn(256, 100)
+    product = Plain(w, None)
+    if all(torch.equal(product.linear(x)[:n], product.linear(x[:n])) for n in range(1, 64)):
+        pytest.skip("on this processor the library's own products do not depend on the rows")
+
+
+def _skip_unless_remainders_differ() -> None:
+    x = torch.randn(64)
+    if all(torch.equal(x.sigmoid()[:n], x[:n].sigmoid()) for n in range(1, 64)):
+        pytest.skip("on this processor vectors and their remainders are computed alike")
+
+
+def _counterexample(family: ProductFamily) -> Scenario:
+    return find(
+        scenarios(),
+        lambda scenario: difference(scenario, family) is not None,
+        settings=settings(SETTINGS, max_examples=300, phases=[Phase.generate]),
+    )
+
+
+def test_sums_in_another_order_break_the_promise_and_the_property_finds_it() -> None:
+    found = _counterexample(ByShapeFamily())
+    assert difference(found, BlockedFamily()) is None
+
+
+def test_a_plain_product_breaks_the_promise_and_the_property_finds_it() -> None:
+    _skip_unless_products_differ()
+    found = _counterexample(PlainFamily())
+    assert difference(found, BlockedFamily()) is None
+
+
+def test_a_plain_product_is_refused_by_the_probe() -> None:
+    _skip_unless_products_differ()
+    spec = make_spec([100, 64], features=17, head=33)
+    loaded = load(make_bundle(spec, random_weights(spec, 0)), family=PlainFamily())
+    assert not same_bits(loaded.runner, spec)
+
+
+def test_sizes_not_padded_break_the_promise_and_the_property_finds_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _skip_unless_remainders_differ()
+    family = families(1)[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(lstm, "padded", lambda size: size)
+        patch.setattr(runner, "padded", lambda size: size)
+        found = _counterexample(family)
+    assert difference(found, family) is None
+
+
+def test_the_property_finds_a_carry_that_is_lost() -> None:
+    def forgetful(self: TorchEngine, key: object, slot: int, carry: bytes) -> None:
+        pass
+
+    scenario = Scenario(
+        make_spec([3], features=2), 0, (4,), ((Turn(0, 2, 2, False),), (Turn(0, 2, 2, True),))
+    )
+    assert difference(scenario, BlockedFamily()) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchEngine, "write", forgetful)
+        assert difference(scenario, BlockedFamily()) is not None
+
+
+def test_a_model_no_family_can_keep_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "same_bits", lambda *_: False)
+    spec = make_spec([5], features=2)
+    engine = TorchEngine(CPU, cpu_threads=1, slots=8)
+    with pytest.raises(SameBitsError, match="fixed-blocks"):
+        engine.prepare(make_bundle(spec, random_weights(spec, 0)))
+
+
+def test_slower_products_are_used_where_the_fast_ones_fail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = make_spec([5], features=2)
+    engine = TorchEngine(CPU, cpu_threads=1, slots=8)
+    monkeypatch.setattr(TorchEngine, "_families", lambda _: [ByShapeFamily(), BlockedFamily()])
+    monkeypatch.setattr(
+        engine_module, "same_bits", lambda runner, _: runner.family.name != ByShapeFamily.name
+    )
+    prepared = engine.prepare(make_bundle(spec, random_weights(spec, 0)))
+    assert prepared.family.name == BlockedFamily.name
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3, 5, 6, 7, 9, 31, 33])
+@pytest.mark.parametrize("family", families(1), ids=lambda family: family.name)
+def test_a_row_of_a_head_does_not_depend_on_its_place(family: ProductFamily, outputs: int) -> None:
+    # A product with 5 to 7 columns gives a row other bits in another place of the same block.
+    spec = make_spec([7], features=3, head=outputs)
+    loaded = load(make_bundle(spec, random_weights(spec, 0)), family=family, slots=64)
+    rows = random_rows(spec, 1, 0)
+    together = loaded.run_batch([rows] * 40)
+    assert len({out.tobytes() for out in together}) == 1
+
+
+def test_one_session_in_256_keeps_its_bits() -> None:
+    spec = make_spec([65], features=9)
+    loaded = load(make_bundle(spec, random_weights(spec, 0)), slots=256)
+    inputs = [random_rows(spec, 3, number) for number in range(256)]
+    together = loaded.run_batch(inputs)
+    for number in (0, 1, 31, 32, 100, 255):
+        assert np.array_equal(loaded.run_batch([inputs[number]])[0], together[number])

@@ -1,0 +1,215 @@
+"""The engine on a CUDA device: the same suite as on the CPU, and what only a device can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pytest
+import torch
+
+from conveyor_models import ModelSpec, load_bundle
+from conveyor_server.engine.engine import DeviceError, TorchEngine, choose_device
+from conveyor_server.engine.port import Work
+from conveyor_server.engine.probe import same_bits
+from conveyor_server.engine.products import BlockedFamily
+from conveyor_server.engine.runner import ModelRunner
+from conveyor_server.errors import DeviceOutOfMemory
+from tests.fidelity import reference
+from tests.fidelity.networks import (
+    Loaded,
+    load,
+    make_bundle,
+    make_spec,
+    random_rows,
+    random_weights,
+)
+from tests.fidelity.same_bits import holds
+from tests.fidelity.test_lstm import SPECS, STEPS, TOLERANCE_FLOAT32
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(),
+        reason="there is no CUDA device: torch.cuda.is_available() is False",
+    ),
+]
+DEVICE: Final = torch.device("cuda", 0)
+ZOO: Final = Path(__file__).parents[2] / "models" / "zoo"
+SPEC: Final = make_spec([17, (33, 9)], features=3, head=5, activation="softmax")
+
+
+def _loaded(spec: ModelSpec = SPEC, slots: int = 16) -> Loaded:
+    return load(make_bundle(spec, random_weights(spec, 0)), slots=slots, device=DEVICE)
+
+
+# --- fidelity ---
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_the_engine_computes_the_equations(spec: ModelSpec) -> None:
+    weights = random_weights(spec, 0)
+    inputs = [random_rows(spec, steps, steps) for steps in (STEPS, 1, 17, 400)]
+    outputs = load(make_bundle(spec, weights), device=DEVICE).run_batch(inputs)
+    for rows, out in zip(inputs, outputs, strict=True):
+        assert reference.error(out, reference.run(spec, weights, rows)) < TOLERANCE_FLOAT32
+
+
+@pytest.mark.parametrize("name", ["letters", "temperature"])
+def test_a_shipped_model_computes_the_equations(name: str) -> None:
+    bundle = load_bundle(ZOO / name)
+    rows = random_rows(bundle.spec, STEPS, 0)
+    (out,) = load(bundle, device=DEVICE).run_batch([rows])
+    expected = reference.run(bundle.spec, bundle.weights, rows)
+    assert reference.error(out, expected) < TOLERANCE_FLOAT32
+
+
+def test_a_carry_goes_from_device_to_cpu_and_back() -> None:
+    weights = random_weights(SPEC, 0)
+    rows = random_rows(SPEC, 60, 0)
+    here, there = load(make_bundle(SPEC, weights)), _loaded()
+    outs: list[np.ndarray] = []
+    carry = bytes(here.runner.pool.carry_bytes)
+    for turn, loaded in enumerate((there, here, there)):
+        slot = loaded.acquire()
+        loaded.engine.write(loaded.key, slot, carry)
+        outs.append(loaded.run(slot, rows[20 * turn : 20 * turn + 20]))
+        carry = loaded.engine.read(loaded.key, slot)
+    expected = reference.run(SPEC, weights, rows)
+    assert reference.error(np.concatenate(outs), expected) < TOLERANCE_FLOAT32
+
+
+# --- same bits ---
+
+
+def test_bits_depend_on_the_session_alone() -> None:
+    holds(BlockedFamily, examples=100, device=DEVICE)
+
+
+@pytest.mark.parametrize("name", ["letters", "temperature"])
+def test_a_shipped_model_keeps_its_bits(name: str) -> None:
+    bundle = load_bundle(ZOO / name)
+    loaded = load(bundle, slots=64, device=DEVICE)
+    assert same_bits(loaded.runner, bundle.spec)
+    inputs = [random_rows(bundle.spec, 1 + number % 9, number) for number in range(45)]
+    for rows, out in zip(inputs, loaded.run_batch(inputs), strict=True):
+        assert np.array_equal(loaded.run_batch([rows])[0], out)
+
+
+# --- the pool ---
+
+
+def test_a_slot_is_scrubbed_and_nobody_elses_is_touched() -> None:
+    loaded = _loaded(slots=3)
+    slots = [loaded.acquire() for _ in range(3)]
+    for slot in slots:
+        loaded.run(slot, random_rows(SPEC, 4, slot))
+    carries = {slot: loaded.engine.read(loaded.key, slot) for slot in slots}
+    assert all(any(carry) for carry in carries.values())
+    loaded.engine.release(loaded.key, slots[1])
+    assert loaded.engine.slots_used(loaded.key) == 2
+    assert loaded.acquire() == slots[1]
+    assert not any(loaded.engine.read(loaded.key, slots[1]))
+    for slot in (slots[0], slots[2]):
+        assert loaded.engine.read(loaded.key, slot) == carries[slot]
+    loaded.engine.write(loaded.key, slots[1], carries[slots[0]])
+    assert loaded.engine.read(loaded.key, slots[1]) == carries[slots[0]]
+    loaded.runner.pool.allocator.check()
+    assert all(part.device == DEVICE for part in loaded.runner.pool.parts)
+
+
+def test_padding_columns_and_the_dummy_slot_stay_zero() -> None:
+    loaded = _loaded()
+    loaded.run_batch([random_rows(SPEC, steps, steps) for steps in (3, 1, 4, 1, 5)])
+    sizes = [size for layer in SPEC.layers for size in (layer.output_size, layer.size)]
+    for part, size in zip(loaded.runner.pool.parts, sizes, strict=True):
+        assert not part[0].any()
+        assert not part[:, size:].any()
+
+
+def test_a_carry_that_turns_non_finite_harms_nobody_else() -> None:
+    calm, poisoned = _loaded(), _loaded()
+    outcomes = list[list[tuple[bytes, bytes]]]()
+    for loaded in (calm, poisoned):
+        slots = [loaded.acquire() for _ in range(5)]
+        if loaded is poisoned:
+            values = np.full(loaded.runner.pool.carry_bytes // 4, np.nan, np.float32)
+            loaded.engine.write(loaded.key, slots[2], values.tobytes())
+        works = [Work(slot, 3, random_rows(SPEC, 3, slot).tobytes(), 3) for slot in slots]
+        done = loaded.engine.run(loaded.key, works)
+        assert [each.finite for each in done] == [n != 2 or loaded is calm for n in range(5)]
+        outcomes.append(
+            [
+                (each.rows, loaded.engine.read(loaded.key, slot))
+                for each, slot in zip(done, slots, strict=True)
+            ]
+        )
+    for number in (0, 1, 3, 4):
+        assert outcomes[0][number] == outcomes[1][number]
+
+
+# --- out of memory ---
+
+
+def test_a_device_without_memory_fails_the_batch_and_no_carry() -> None:
+    spec = make_spec([512], features=512)
+    loaded = _loaded(spec)
+    slots = [loaded.acquire() for _ in range(2)]
+    for slot in slots:
+        loaded.run(slot, random_rows(spec, 3, slot))
+    before = [loaded.engine.read(loaded.key, slot) for slot in slots]
+    steps = 60_000  # half a gigabyte of gates
+    works = [Work(slot, steps, np.zeros((steps, 512), np.float32).tobytes(), 0) for slot in slots]
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info(DEVICE)
+    allowed = (torch.cuda.memory_reserved(DEVICE) + 64 * 2**20) / total
+    torch.cuda.set_per_process_memory_fraction(allowed, DEVICE)
+    try:
+        with pytest.raises(DeviceOutOfMemory):
+            loaded.engine.run(loaded.key, works)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+    assert [loaded.engine.read(loaded.key, slot) for slot in slots] == before
+    control = _loaded(spec)
+    slot = control.acquire()
+    control.run(slot, random_rows(spec, 3, slots[0]))
+    rows = random_rows(spec, 5, 9)
+    assert np.array_equal(loaded.run(slots[0], rows), control.run(slot, rows))
+
+
+@pytest.mark.parametrize("part", ["_inputs", "_run_layers", "_outputs", "_split"])
+def test_memory_that_runs_out_anywhere_changes_no_carry(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    loaded = _loaded()
+    slot = loaded.acquire()
+    loaded.run(slot, random_rows(SPEC, 3, 0))
+    before = loaded.engine.read(loaded.key, slot)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelRunner, part, fail)
+        with pytest.raises(DeviceOutOfMemory):
+            loaded.run(slot, random_rows(SPEC, 3, 1))
+    assert loaded.engine.read(loaded.key, slot) == before
+
+
+# --- the device itself ---
+
+
+def test_devices_are_chosen_by_name() -> None:
+    assert choose_device("auto") == DEVICE
+    assert choose_device("cuda") == DEVICE
+    assert choose_device("cuda:0") == DEVICE
+    with pytest.raises(DeviceError, match="cuda:63"):
+        choose_device("cuda:63")
+
+
+def test_the_devices_memory_is_measured() -> None:
+    engine = TorchEngine(DEVICE, cpu_threads=1, slots=4)
+    memory = dict(engine.device_memory())
+    _, total = torch.cuda.mem_get_info(DEVICE)
+    assert set(memory) == {("used",), ("free",)}
+    assert sum(memory.values()) == total

@@ -1,0 +1,281 @@
+"""Numbering and replay without a server, for any cuts, pieces, breaks and checkpoints."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conveyor.v1 import session_pb2
+from conveyor_client import DataLoss, NonFiniteInput, SessionSuperseded, StepGap, StepResultNotHeld
+from conveyor_client._ledger import Chunk, Ledger, Window
+
+ALL = session_pb2.OUTPUT_MODE_ALL
+WIDE = Window(steps_max=1000, bytes_max=100_000, in_flight_steps_max=1000)
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+def row(step: int) -> bytes:
+    return step.to_bytes(4, "little")
+
+
+def submit(ledger: Ledger, loop: asyncio.AbstractEventLoop, length: int, label: int = 0) -> Chunk:
+    rows = b"".join(row(label + n) for n in range(length))
+    chunk = Chunk(rows, length, ALL, session_pb2.TRACE_MODE_UNSPECIFIED, loop.create_future())
+    ledger.pending.append(chunk)
+    return chunk
+
+
+def take_all(ledger: Ledger) -> list[Chunk]:
+    taken: list[Chunk] = []
+    while (chunk := ledger.take()) is not None:
+        taken.append(chunk)
+    return taken
+
+
+def answer(ledger: Ledger, first_step: int, length: int, durable_step: int = 0) -> bool:
+    entry = session_pb2.ResultsEntry(
+        handle=1,
+        first_step=first_step,
+        length=length,
+        rows_length=length,
+        durable_step=durable_step,
+    )
+    return ledger.answer(entry, b"".join(row(first_step + n) for n in range(length)))
+
+
+class Server:
+    """What a session on a server remembers: applied steps, a checkpoint, results."""
+
+    def __init__(self) -> None:
+        self.inputs: list[bytes] = []
+        self.durable = 0
+        self.queue: list[tuple[int, int]] = []
+
+    def receive(self, chunk: Chunk) -> None:
+        start = (chunk.expected - chunk.first_step) * 4
+        payload = chunk.rows[start:]
+        assert len(payload) == chunk.missing * 4
+        assert chunk.expected <= len(self.inputs) + 1, "a gap"
+        for n in range(chunk.missing):
+            step, data = chunk.expected + n, payload[n * 4 : n * 4 + 4]
+            if step <= len(self.inputs):
+                assert self.inputs[step - 1] == data, "another payload under a known number"
+            else:
+                self.inputs.append(data)
+        self.queue.append((chunk.expected, chunk.missing))
+
+    def crash(self) -> None:
+        del self.inputs[self.durable :]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), durable=st.booleans())
+def test_every_step_is_answered_once_and_in_order_whatever_happens(
+    data: st.DataObject, durable: bool
+) -> None:
+    with closing(asyncio.new_event_loop()) as loop:
+        run_scenario(data, durable, loop)
+
+
+def run_scenario(data: st.DataObject, durable: bool, loop: asyncio.AbstractEventLoop) -> None:
+    window = Window(steps_max=24, bytes_max=80, in_flight_steps_max=12)
+    ledger, server = Ledger(window, 4), Server()
+    ledger.keeps_until_durable = durable
+    chunks: list[Chunk] = []
+    submitted = 0
+    actions = ["submit", "answer", "break"] + (["checkpoint", "crash"] if durable else [])
+    for _ in range(data.draw(st.integers(5, 40))):
+        act = data.draw(st.sampled_from(actions))
+        if act == "submit":
+            length = data.draw(st.integers(1, 8))
+            chunks.append(submit(ledger, loop, length, label=submitted + 1))
+            submitted += length
+        elif act == "answer" and server.queue:
+            first_step, length = server.queue.pop(0)
+            piece = data.draw(st.integers(1, length))
+            assert answer(ledger, first_step, piece, server.durable)
+            if piece < length:
+                server.queue.insert(0, (first_step + piece, length - piece))
+        elif act == "checkpoint":
+            server.durable = len(server.inputs)
+            ledger.durable(server.durable)
+        elif act in ("break", "crash"):
+            server.queue.clear()
+            if act == "crash":
+                server.crash()
+            ledger.resume(len(server.inputs), server.durable)
+        for chunk in take_all(ledger):
+            server.receive(chunk)
+        steps, size = ledger.held
+        assert steps <= window.steps_max
+        assert size <= window.bytes_max
+    for _ in range(200):  # everything is answered and checkpointed in the end
+        for chunk in take_all(ledger):
+            server.receive(chunk)
+        while server.queue:
+            assert answer(ledger, *server.queue.pop(0), server.durable)
+        server.durable = len(server.inputs)
+        ledger.durable(server.durable)
+    expected = 1
+    for chunk in chunks:
+        rows = b"".join(chunk.future.result().pieces)
+        assert rows == b"".join(row(expected + n) for n in range(chunk.length))
+        expected += chunk.length
+    assert server.inputs == [row(n + 1) for n in range(submitted)]
+    assert ledger.held == (0, 0)
+
+
+def test_pieces_that_fit_nothing_are_refused(loop: asyncio.AbstractEventLoop) -> None:
+    ledger = Ledger(WIDE, 4)
+    assert not answer(ledger, 1, 1)
+    submit(ledger, loop, 4)
+    take_all(ledger)
+    assert not answer(ledger, 2, 1)
+    assert not answer(ledger, 1, 5)
+    assert not answer(ledger, 1, 0)
+    assert answer(ledger, 1, 3)
+    assert not answer(ledger, 1, 3)
+    assert answer(ledger, 4, 1)
+
+
+def test_the_window_holds_back_and_lets_a_single_giant_pass(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    ledger = Ledger(Window(steps_max=10, bytes_max=1000, in_flight_steps_max=4), 4)
+    giant, small = submit(ledger, loop, 30), submit(ledger, loop, 1)
+    assert take_all(ledger) == [giant]
+    assert answer(ledger, 1, 30)
+    assert take_all(ledger) == [small]
+    assert small.first_step == 31
+
+
+def test_what_is_given_up_while_it_waits_gets_no_number(loop: asyncio.AbstractEventLoop) -> None:
+    ledger = Ledger(Window(steps_max=4, bytes_max=1000, in_flight_steps_max=4), 4)
+    submit(ledger, loop, 4)
+    take_all(ledger)
+    gone, kept = submit(ledger, loop, 1), submit(ledger, loop, 1)
+    gone.future.cancel()
+    assert answer(ledger, 1, 4)
+    assert take_all(ledger) == [kept]
+    assert kept.first_step == 5
+
+
+def test_after_a_failure_numbers_go_on_where_it_happened(loop: asyncio.AbstractEventLoop) -> None:
+    ledger = Ledger(WIDE, 4)
+    first, bad, after = (submit(ledger, loop, 2) for _ in range(3))
+    take_all(ledger)
+    assert ledger.refuse(3, NonFiniteInput("nan"))  # told at the door, before the first is answered
+    waiting = submit(ledger, loop, 2)
+    assert take_all(ledger) == []
+    assert answer(ledger, 1, 2)
+    assert ledger.refuse(5, StepGap("gap", metadata={"expected_step": "3"}))
+    assert take_all(ledger) == [waiting]
+    assert waiting.first_step == 3
+    assert first.future.result() is first
+    assert isinstance(bad.future.exception(), NonFiniteInput)
+    assert isinstance(after.future.exception(), StepGap)
+
+
+def test_a_break_while_recovering_fails_what_was_doomed(loop: asyncio.AbstractEventLoop) -> None:
+    ledger = Ledger(WIDE, 4)
+    bad, doomed = submit(ledger, loop, 1), submit(ledger, loop, 1)
+    take_all(ledger)
+    ledger.refuse(1, NonFiniteInput("nan"))
+    ledger.resume(0, 0)
+    assert ledger.idle
+    assert isinstance(doomed.future.exception(), NonFiniteInput)
+    assert doomed.future.exception() is not bad.future.exception()
+    again = submit(ledger, loop, 1)
+    assert take_all(ledger) == [again]
+    assert again.first_step == 1
+
+
+def test_a_forgotten_result_does_not_turn_the_numbers_back(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    ledger = Ledger(WIDE, 4)
+    lost, after = submit(ledger, loop, 2), submit(ledger, loop, 1)
+    take_all(ledger)
+    ledger.resume(2, 0)
+    take_all(ledger)
+    assert ledger.refuse(1, StepResultNotHeld("forgotten"))
+    assert answer(ledger, 3, 1)
+    assert isinstance(lost.future.exception(), StepResultNotHeld)
+    assert after.future.result() is after
+    assert ledger.next_step == 4
+
+
+def test_lost_state_is_told_unless_the_buffer_covers_it(loop: asyncio.AbstractEventLoop) -> None:
+    for durable in (False, True):
+        ledger = Ledger(WIDE, 4)
+        ledger.keeps_until_durable = durable
+        submit(ledger, loop, 3)
+        take_all(ledger)
+        assert answer(ledger, 1, 3)
+        if durable:
+            ledger.resume(1, 1)
+            (chunk,) = take_all(ledger)
+            assert (chunk.expected, chunk.missing) == (2, 2)
+            assert answer(ledger, 2, 2)
+            assert ledger.answered_step == 3
+        else:
+            with pytest.raises(DataLoss):
+                ledger.resume(1, 0)
+
+
+def test_a_server_ahead_of_the_client_means_somebody_else(loop: asyncio.AbstractEventLoop) -> None:
+    ledger = Ledger(WIDE, 4)
+    submit(ledger, loop, 1)
+    take_all(ledger)
+    with pytest.raises(SessionSuperseded):
+        ledger.resume(2, 0)
+
+
+def test_replays_keep_to_what_may_be_in_flight(loop: asyncio.AbstractEventLoop) -> None:
+    ledger = Ledger(Window(steps_max=100, bytes_max=10_000, in_flight_steps_max=4), 4)
+    ledger.keeps_until_durable = True
+    for n in range(5):
+        submit(ledger, loop, 4)
+        take_all(ledger)
+        assert answer(ledger, 1 + n * 4, 4)
+    ledger.resume(0, 0)
+    sent = 0
+    while (chunk := ledger.take()) is not None:
+        assert ledger.take() is None
+        assert answer(ledger, chunk.expected, chunk.missing)
+        sent += 1
+    assert sent == 5
+
+
+def test_a_replayed_piece_may_straddle_what_was_told(loop: asyncio.AbstractEventLoop) -> None:
+    ledger = Ledger(WIDE, 4)
+    ledger.keeps_until_durable = True
+    chunk = submit(ledger, loop, 6)
+    take_all(ledger)
+    assert answer(ledger, 1, 4)
+    ledger.resume(2, 0)
+    take_all(ledger)
+    assert answer(ledger, 3, 4)
+    assert b"".join(chunk.future.result().pieces) == b"".join(row(n) for n in range(1, 7))
+
+
+def test_abandoning_fails_everything_with_errors_of_their_own(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    ledger = Ledger(Window(steps_max=2, bytes_max=100, in_flight_steps_max=2), 4)
+    sent, waiting = submit(ledger, loop, 2), submit(ledger, loop, 2)
+    take_all(ledger)
+    ledger.abandon(DataLoss("gone"))
+    errors = [chunk.future.exception() for chunk in (sent, waiting)]
+    assert [type(error) for error in errors] == [DataLoss, DataLoss]
+    assert errors[0] is not errors[1]
+    assert ledger.held == (0, 0)
