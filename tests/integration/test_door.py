@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -10,7 +10,6 @@ import numpy.typing as npt
 import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from conveyor.v1 import model_pb2, session_pb2, session_pb2_grpc
 from tests.integration.conftest import StartServer
@@ -60,22 +59,12 @@ async def test_unknown_methods_are_started_and_handled(wire: Wire, server: Serve
         assert server.metric(name, grpc_method="unknown") == 1
 
 
-async def _reflect(wire: Wire) -> list[str]:
-    async def asked() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
-        yield reflection_pb2.ServerReflectionRequest(list_services="")
-
-    stub = reflection_pb2_grpc.ServerReflectionStub(wire.channel)
-    call = stub.ServerReflectionInfo(asked(), metadata=wire.metadata)
-    answers = [answer async for answer in call]
-    return [service.name for each in answers for service in each.list_services_response.service]
-
-
 async def test_reflection_asks_for_a_token_and_is_counted(guarded: ServerProcess) -> None:
     async with Wire(guarded.address) as nobody:
-        said = await refused(_reflect(nobody))
+        said = await refused(nobody.reflection().read())
         assert said == Refusal("UNAUTHENTICATED", "UNAUTHENTICATED")
     async with Wire(guarded.address, [("authorization", f"Bearer {TOKEN}")]) as anna:
-        assert "conveyor.v1.SessionService" in await _reflect(anna)
+        assert "conveyor.v1.SessionService" in await anna.reflected()
     counted = {"grpc_method": "ServerReflectionInfo"}
     assert guarded.metric("grpc_server_handled_total", **counted, grpc_code="OK") == 1
     assert guarded.metric("grpc_server_handled_total", **counted, grpc_code="UNAUTHENTICATED") == 1

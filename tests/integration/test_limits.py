@@ -212,7 +212,7 @@ async def _opens(wire: Wire) -> bool:
     async with wire.stream() as stream:
         try:
             await stream.open("tiny")
-        except aio.AioRpcError:  # the place may not be free yet
+        except (aio.AioRpcError, asyncio.InvalidStateError):  # the place may not be free yet
             return False
         return True
 

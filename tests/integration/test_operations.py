@@ -6,13 +6,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-import grpc
 import numpy as np
 import numpy.typing as npt
 import pytest
-from grpc import aio
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from conveyor.v1 import session_pb2
 from tests.integration.conftest import StartServer
@@ -52,24 +49,12 @@ async def test_health_can_be_watched(wire: Wire) -> None:
     call.cancel()
 
 
-async def _reflected(wire: Wire) -> list[str]:
-    stub = reflection_pb2_grpc.ServerReflectionStub(wire.channel)
-    call = stub.ServerReflectionInfo()
-    await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
-    answer = await call.read()
-    await call.done_writing()
-    assert await call.read() is aio.EOF
-    return [service.name for service in answer.list_services_response.service]
-
-
 async def test_reflection_is_off_unless_asked_for(wire: Wire, start_server: StartServer) -> None:
-    with pytest.raises(aio.AioRpcError) as raised:
-        await _reflected(wire)
-    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert (await refused(wire.reflection().read())).code == "UNIMPLEMENTED"
     server = start_server({"listen.reflection": "true"})
     async with Wire(server.address) as reflecting:
-        names = await _reflected(reflecting)
-    assert {"conveyor.v1.SessionService", "conveyor.v1.ModelService"} < set(names)
+        names = await reflecting.reflected()
+    assert {"conveyor.v1.SessionService", "conveyor.v1.ModelService"} < names
 
 
 def _names(page: str) -> set[str]:

@@ -15,6 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from conveyor.v1 import model_pb2_grpc, session_pb2, session_pb2_grpc
 
@@ -147,6 +148,20 @@ class Wire:
         request = session_pb2.GenerateRequest(**fields)
         call = self.sessions.Generate(request, metadata=self.metadata)
         return [response async for response in call]
+
+    def reflection(self) -> Any:
+        """A call to the reflection service. A refusal is to be read before anything is written:
+        grpc.aio calls a write that the refusal overtakes an internal error."""
+        stub = reflection_pb2_grpc.ServerReflectionStub(self.channel)
+        return stub.ServerReflectionInfo(metadata=self.metadata)
+
+    async def reflected(self) -> set[str]:
+        """The names of the services that reflection lists."""
+        call = self.reflection()
+        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        await call.done_writing()
+        answers = [answer async for answer in call]
+        return {each.name for answer in answers for each in answer.list_services_response.service}
 
     @asynccontextmanager
     async def stream(self) -> AsyncIterator[Stream]:
