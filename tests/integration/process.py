@@ -72,7 +72,11 @@ class ServerProcess:
 
     def log(self) -> list[dict[str, Any]]:
         """Every line so far, each of which has to be JSON."""
-        return [json.loads(line) for line in self.log_text().splitlines()]
+        text = self.log_text()
+        try:
+            return [json.loads(line) for line in text.splitlines()]
+        except json.JSONDecodeError as error:
+            raise AssertionError(f"a line of the log is not JSON:\n{text}") from error
 
     def problems(self) -> list[dict[str, Any]]:
         return [line for line in self.log() if line["level"] in ("error", "critical")]
