@@ -1,7 +1,18 @@
 """Recurrent models: their cells, the network around them, and the bundles they are shipped in."""
 
+from conveyor_models.attention import AttentionWeights, Memory, attend, attention_memory
 from conveyor_models.bundle import Bundle, digest_of, load_bundle, load_spec, save_bundle
-from conveyor_models.cells import LstmCarry, LstmWeights, lstm_cell
+from conveyor_models.cells import (
+    GateFunction,
+    GruWeights,
+    HiddenCarry,
+    LstmCarry,
+    LstmWeights,
+    RnnWeights,
+    gru_cell,
+    lstm_cell,
+    rnn_cell,
+)
 from conveyor_models.errors import (
     BundleError,
     BundleFileError,
@@ -11,31 +22,47 @@ from conveyor_models.errors import (
     WeightsError,
 )
 from conveyor_models.from_torch import weights_from_torch
+from conveyor_models.layers import GruLayer, Layer, LstmLayer, RecurrentLayer, RnnLayer
 from conveyor_models.network import Carry, Network
 from conveyor_models.repository import FoundBundle, RepositoryListing, scan
-from conveyor_models.spec import LstmLayer, ModelSpec, parse_spec
+from conveyor_models.spec import AttentionSpec, ModelSpec, parse_spec
 
 __all__ = [
+    "AttentionSpec",
+    "AttentionWeights",
     "Bundle",
     "BundleError",
     "BundleFileError",
     "Carry",
     "FoundBundle",
+    "GateFunction",
+    "GruLayer",
+    "GruWeights",
+    "HiddenCarry",
+    "Layer",
     "LstmCarry",
     "LstmLayer",
     "LstmWeights",
+    "Memory",
     "ModelSpec",
     "Network",
+    "RecurrentLayer",
     "RepositoryError",
     "RepositoryListing",
+    "RnnLayer",
+    "RnnWeights",
     "SpecError",
     "UnsupportedModuleError",
     "WeightsError",
+    "attend",
+    "attention_memory",
     "digest_of",
+    "gru_cell",
     "load_bundle",
     "load_spec",
     "lstm_cell",
     "parse_spec",
+    "rnn_cell",
     "save_bundle",
     "scan",
     "weights_from_torch",

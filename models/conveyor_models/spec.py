@@ -1,8 +1,6 @@
 """What model.toml may say: the structure of a model, its labels and its limits.
 
-The classes mirror the tables of the file. Each kind of layer knows its own sizes, carry and
-weights, so that `ModelSpec` adds them up without asking which kind it has; a new kind is one more
-class in `Layer`.
+The classes mirror the tables of the file; those of the layers are in `conveyor_models.layers`.
 """
 
 from __future__ import annotations
@@ -11,21 +9,14 @@ import json
 import math
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self, TypeAlias, cast
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictBool,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, StrictBool, ValidationError, model_validator
 
 from conveyor_models.errors import SpecError
+from conveyor_models.layers import Layer
+from conveyor_models.tables import SIZE_MAX, Shape, Size, Table
 
-SIZE_MAX: Final = 65_536
 LAYERS_MAX: Final = 64
 LABEL_CHARACTERS_MAX: Final = 256
 DESCRIPTION_CHARACTERS_MAX: Final = 4_096
@@ -33,17 +24,8 @@ WEIGHT_VALUES_MAX: Final = 2**30
 """Most numbers the weights of one model may hold: 4 GiB of float32."""
 PROBLEMS_SHOWN_MAX: Final = 8
 
-Shape: TypeAlias = tuple[int, ...]
-
-Size = Annotated[int, Field(strict=True, ge=1, le=SIZE_MAX)]
 Label = Annotated[str, Field(min_length=1, max_length=LABEL_CHARACTERS_MAX)]
 Labels = Annotated[tuple[Label, ...], Field(max_length=SIZE_MAX)]
-
-
-class _Table(BaseModel):
-    """A table of model.toml: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def _check_labels(labels: tuple[str, ...] | None, size: int) -> None:
@@ -58,7 +40,7 @@ def _check_labels(labels: tuple[str, ...] | None, size: int) -> None:
         seen.add(label)
 
 
-class InputSpec(_Table):
+class InputSpec(Table):
     """`[input]`: what one step reads."""
 
     kind: Literal["tokens", "features"]
@@ -73,89 +55,60 @@ class InputSpec(_Table):
         return self
 
 
-class EmbeddingSpec(_Table):
+class EmbeddingSpec(Table):
     """`[embedding]`: the row of numbers that stands for each token."""
 
     size: Size
 
 
-class LstmLayer(_Table):
-    """`cell = "lstm"`: Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000."""
+class AttentionSpec(Table):
+    """`[attention]`: additive attention over a memory that each session brings (Bahdanau 2014)."""
 
-    cell: Literal["lstm"]
+    memory_size: Size
+    """Numbers in one row of the memory."""
     size: Size
-    """Length of c."""
-    projection: Size | None = None
-    """Length of h where it is projected down (LSTMP, Sak et al. 2014); else it is as long as c."""
+    """Length of the vectors in which a row and h are compared."""
+    gate: StrictBool = False
+    """Whether what was read is scaled by a gate computed from h (Xu et al. 2015)."""
+    head: StrictBool = False
+    """Whether the head reads [h ; z] rather than h."""
 
-    @model_validator(mode="after")
-    def _projection_narrows(self) -> Self:
-        if self.projection is not None and self.projection >= self.size:
-            raise ValueError(
-                f"projection: {self.projection} is not below the layer's size {self.size}"
-            )
-        return self
-
-    @property
-    def output_size(self) -> int:
-        """Length of h, which is what the next layer reads."""
-        return self.size if self.projection is None else self.projection
-
-    @property
-    def carry_shapes(self) -> dict[str, Shape]:
-        """Shape of each part of this layer's carry, for one session."""
-        return {"h": (self.output_size,), "c": (self.size,)}
-
-    def weight_shapes(self, input_size: int) -> dict[str, Shape]:
-        """Name (within the layer) and shape of each weight."""
+    def weight_shapes(self, hidden_size: int) -> dict[str, Shape]:
+        """Name (within the table) and shape of each weight; `hidden_size`: of the top layer's h."""
         shapes: dict[str, Shape] = {
-            "weight_input": (4 * self.size, input_size),
-            "weight_recurrent": (4 * self.size, self.output_size),
-            "bias": (4 * self.size,),
+            "weight_query": (self.size, hidden_size),
+            "weight_memory": (self.size, self.memory_size),
+            "bias": (self.size,),
+            "score": (self.size,),
         }
-        if self.projection is not None:
-            shapes["weight_projection"] = (self.projection, self.size)
+        if self.gate:
+            shapes |= {"weight_gate": (hidden_size,), "bias_gate": (1,)}
         return shapes
 
 
-def _refuse_unknown_cell(value: object) -> object:
-    if isinstance(value, dict) and "cell" in value:
-        cell = cast("dict[str, object]", value)["cell"]
-        if cell not in KNOWN_CELLS:
-            raise ValueError(
-                f"cell: {cell!r} is not one of the known ones: {', '.join(KNOWN_CELLS)}"
-            )
-    return cast("object", value)
-
-
-Layer = Annotated[LstmLayer, BeforeValidator(_refuse_unknown_cell)]
-"""Any kind of layer, told apart by `cell`. With a second kind this becomes
-`Annotated[LstmLayer | ..., Field(discriminator="cell"), BeforeValidator(_refuse_unknown_cell)]`."""
-
-KNOWN_CELLS: Final = ("lstm",)
-
-
-class HeadSpec(_Table):
+class HeadSpec(Table):
     """`[head]`: a linear layer after the stack."""
 
     size: Size
     bias: StrictBool = True
 
 
-class OutputSpec(_Table):
+class OutputSpec(Table):
     """`[output]`: the last function, and a name for each number that comes out."""
 
     activation: Literal["none", "softmax", "log_softmax", "sigmoid"] = "none"
     labels: Labels | None = None
 
 
-class LimitsSpec(_Table):
+class LimitsSpec(Table):
     """`[limits]`: where this model is to be held tighter than the server's own limits."""
 
     chunk_steps_max: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] | None = None
+    memory_rows_max: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] | None = None
+    """Only with attention."""
 
 
-class ModelSpec(_Table):
+class ModelSpec(Table):
     """The whole of model.toml.
 
     A spec that validates is consistent: labels fit their sizes, tokens have an embedding and
@@ -168,6 +121,7 @@ class ModelSpec(_Table):
     description: Annotated[str, Field(max_length=DESCRIPTION_CHARACTERS_MAX)] = ""
     input: InputSpec
     embedding: EmbeddingSpec | None = None
+    attention: AttentionSpec | None = None
     layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=LAYERS_MAX)]
     head: HeadSpec | None = None
     output: OutputSpec = OutputSpec()
@@ -179,6 +133,7 @@ class ModelSpec(_Table):
             raise ValueError("embedding: missing, and an input of tokens needs one")
         if self.input.kind == "features" and self.embedding is not None:
             raise ValueError("embedding: there is one, but an input of features has no use for it")
+        self._check_attention()
         try:
             _check_labels(self.output.labels, self.output_size)
         except ValueError as error:
@@ -189,6 +144,23 @@ class ModelSpec(_Table):
                 f" expected at most {WEIGHT_VALUES_MAX}"
             )
         return self
+
+    def _check_attention(self) -> None:
+        if self.attention is None:
+            if self.limits.memory_rows_max is not None:
+                raise ValueError("limits.memory_rows_max: there is one, but no attention")
+            return
+        if self.attention.head and self.head is None:
+            raise ValueError("attention.head: true, and there is no head")
+        if not self.streamable:
+            raise ValueError(
+                "attention: it looks back at h step by step, so every layer has to run forward"
+            )
+
+    @property
+    def streamable(self) -> bool:
+        """Whether steps can be run as they come: every layer runs forward."""
+        return all(layer.direction == "forward" for layer in self.layers)
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -207,9 +179,22 @@ class ModelSpec(_Table):
 
     @property
     def layer_input_sizes(self) -> tuple[int, ...]:
-        """What each layer reads per step: the embedding or the features, then the layer below."""
+        """What each layer reads per step: the embedding or the features, then the layer below.
+
+        With attention the first layer reads what was found in the memory as well.
+        """
         first = self.input.size if self.embedding is None else self.embedding.size
+        if self.attention is not None:
+            first += self.attention.memory_size
         return (first, *(layer.output_size for layer in self.layers[:-1]))
+
+    @property
+    def head_input_size(self) -> int:
+        """What the head reads, or would read."""
+        top = self.layers[-1].output_size
+        if self.attention is not None and self.attention.head:
+            return top + self.attention.memory_size
+        return top
 
     @property
     def carry_shapes(self) -> tuple[dict[str, Shape], ...]:
@@ -232,8 +217,11 @@ class ModelSpec(_Table):
         ):
             for name, shape in layer.weight_shapes(size).items():
                 shapes[f"layers.{index}.{name}"] = shape
+        if self.attention is not None:
+            of_attention = self.attention.weight_shapes(self.layers[-1].output_size)
+            shapes |= {f"attention.{name}": shape for name, shape in of_attention.items()}
         if self.head is not None:
-            shapes["head.weight"] = (self.head.size, self.layers[-1].output_size)
+            shapes["head.weight"] = (self.head.size, self.head_input_size)
             if self.head.bias:
                 shapes["head.bias"] = (self.head.size,)
         return shapes
@@ -263,6 +251,7 @@ class ModelSpec(_Table):
             include={
                 "input": {"kind", "size"},
                 "embedding": True,
+                "attention": True,
                 "layers": True,
                 "head": True,
                 "output": {"activation"},
@@ -276,12 +265,13 @@ class ModelSpec(_Table):
         lines = [
             _toml_line(key, value) for key, value in tables.items() if not isinstance(value, dict)
         ]
-        for name, value in tables.items():
-            if isinstance(value, dict):
-                lines += _toml_table(f"[{name}]", cast("dict[str, Any]", value))
-            if name == ("embedding" if self.embedding is not None else "input"):
+        before = ("input", "embedding", "attention")
+        for name in (*before, None, *(name for name in tables if name not in before)):
+            if name is None:
                 for layer in layers:
-                    lines += _toml_table("[[layers]]", layer)
+                    lines += _toml_table("[[layers]]", {"cell": layer["cell"]} | layer)
+            elif isinstance(tables.get(name), dict):
+                lines += _toml_table(f"[{name}]", tables[name])
         return "\n".join(lines) + "\n"
 
 
@@ -328,8 +318,13 @@ def parse_spec(text: str, source: Path | None = None) -> ModelSpec:
 def _problem(detail: dict[str, Any]) -> tuple[str, str]:
     """The key at fault, as model.toml spells it, and a sentence about it."""
     location = [str(part) for part in detail["loc"]]
+    if location[:1] == ["layers"]:
+        del location[2:3]  # the kind of layer, by which pydantic tells them apart
     match detail["type"]:
         case "missing":
+            said = "missing"
+        case "union_tag_not_found":
+            location.append("cell")
             said = "missing"
         case "extra_forbidden":
             said = "unknown key"

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    from conveyor_models import Bundle, LstmLayer, ModelSpec
+    from conveyor_models import Bundle, Layer, ModelSpec
     from conveyor_server.config import Config
 
 SERVER_EXTRA: Final = frozenset(
@@ -263,10 +263,11 @@ def _input_text(spec: ModelSpec) -> str:
     return f"{spec.input.size:,} {spec.input.kind}"
 
 
-def _layer_text(layer: LstmLayer) -> str:
-    """As in "lstm 64 -> 24": its cells, and what it projects them to."""
-    projected = "" if layer.projection is None else f" -> {layer.projection}"
-    return f"{layer.cell} {layer.size}{projected}"
+def _layer_text(layer: Layer) -> str:
+    """As in "lstm 64 -> 24": its cells, and what it projects them to; then its options."""
+    projected = f" -> {layer.projection_size}" if layer.projection_size else ""
+    options = "".join(f", {key} {value}" for key, value in layer.options.items())
+    return f"{layer.cell} {layer.size}{projected}{options}"
 
 
 def _flags(settings: list[str] | None) -> dict[str, str]:

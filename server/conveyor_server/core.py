@@ -41,6 +41,14 @@ class OutputMode(enum.IntEnum):
     NONE = 3
 
 
+class TraceMode(enum.IntEnum):
+    """What of the gates is wanted beside the outputs; the values are the contract's."""
+
+    NONE = 0
+    SUMMARY = 1
+    FULL = 2
+
+
 class Durability(enum.IntEnum):
     """How far state is kept through the server's own death; the values are the contract's."""
 
@@ -132,6 +140,40 @@ class ModelInfo:
         if self.input_kind is InputKind.TOKENS:
             return self.output_size == self.vocabulary_size and self.activation != "sigmoid"
         return self.output_size == self.input_size
+
+
+@dataclass(frozen=True, slots=True)
+class GateTrace:
+    """One gate, or one part of the state, over some steps."""
+
+    name: str
+    """i, f, g, o; r, z, n; c, h."""
+    units: int
+    values: bytes
+    """float32, a row for each step. FULL: `units` columns. SUMMARY: mean, minimum, maximum, share
+    of units below 0.1, share above 0.9."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTrace:
+    """One layer's part of a trace."""
+
+    layer: int
+    cell: str
+    gates: tuple[GateTrace, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What went on inside a model during some steps of one session."""
+
+    mode: TraceMode
+    steps: int
+    layers: tuple[LayerTrace, ...]
+    """Bottom first."""
+    attention: bytes = b""
+    """The weights of the memory's rows, float32, a row for each step; empty without attention."""
+    attention_columns: int = 0
 
 
 @dataclass(slots=True)

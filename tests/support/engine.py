@@ -27,12 +27,15 @@ class FakeEngine:
         poisoned: Input rows after which a carry is not finite.
         poisoned_slots: Slots whose carry is not finite after their next run.
         runs: What was run: the model and its works.
+        memories: What can be attended over, by its number.
     """
 
     def __init__(self, models: Iterable[ModelInfo], slots: int) -> None:
         self._models = {model.key: model for model in models}
         self.allocators = {key: SlotAllocator(slots) for key in self._models}
         self._carries: dict[ModelKey, dict[int, bytes]] = {key: {} for key in self._models}
+        self.memories: dict[ModelKey, dict[int, bytes]] = {key: {} for key in self._models}
+        self._memories_made = 0
         self.fail_next: list[ConveyorError] = []
         self.poisoned: set[bytes] = set()
         self.poisoned_slots: set[int] = set()
@@ -69,6 +72,18 @@ class FakeEngine:
         assert slot in self._carries[key]
         assert len(carry) == self._models[key].carry_bytes
         self._carries[key][slot] = carry
+
+    def add_memory(self, key: ModelKey, rows: bytes) -> int:
+        assert rows
+        self._memories_made += 1
+        self.memories[key][self._memories_made] = rows
+        return self._memories_made
+
+    def read_memory(self, key: ModelKey, memory: int) -> bytes:
+        return self.memories[key][memory]
+
+    def drop_memory(self, key: ModelKey, memory: int) -> None:
+        del self.memories[key][memory]
 
     def slots_used(self, key: ModelKey) -> int:
         return self.allocators[key].used

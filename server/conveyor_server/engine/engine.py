@@ -115,6 +115,20 @@ class TorchEngine:
         with self._errors():
             self._runners[key].pool.write(slot, carry)
 
+    def add_memory(self, key: ModelKey, rows: bytes) -> int:
+        """See `Engine.add_memory`."""
+        with self._errors():
+            return self._runners[key].memories.add(rows)
+
+    def read_memory(self, key: ModelKey, memory: int) -> bytes:
+        """See `Engine.read_memory`."""
+        with self._errors():
+            return self._runners[key].memories.read(memory)
+
+    def drop_memory(self, key: ModelKey, memory: int) -> None:
+        """See `Engine.drop_memory`."""
+        self._runners[key].memories.drop(memory)
+
     def slots_used(self, key: ModelKey) -> int:
         """See `Engine.slots_used`."""
         return self._runners[key].pool.allocator.used

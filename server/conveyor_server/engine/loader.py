@@ -129,6 +129,6 @@ def describe(bundle: Bundle, chunk_steps_max: int) -> ModelInfo:
 
 def _layers(spec: ModelSpec) -> tuple[LayerInfo, ...]:
     return tuple(
-        LayerInfo(cell=layer.cell, size=layer.size, projection=layer.projection or 0)
+        LayerInfo(layer.cell, layer.size, layer.projection_size, tuple(layer.options.items()))
         for layer in spec.layers
     )

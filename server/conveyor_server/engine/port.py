@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from conveyor_server.core import ModelKey
+from conveyor_server.core import ModelKey, Trace, TraceMode
 
 
 @dataclass(slots=True)
@@ -17,6 +17,10 @@ class Work:
     """The input rows, packed."""
     outputs: int
     """How many of the last steps' output rows are wanted: 0 to `length`."""
+    memory: int = 0
+    """What the session attends over, from `Engine.add_memory`; 0 for a model without attention."""
+    trace: TraceMode = TraceMode.NONE
+    """Whether `Done.trace` is wanted, for all steps."""
 
 
 @dataclass(slots=True)
@@ -27,6 +31,8 @@ class Done:
     """The wanted output rows, packed, float32."""
     finite: bool = True
     """False: the new carry has a NaN or an infinity and was not kept."""
+    trace: Trace | None = None
+    """If it was wanted."""
 
 
 class Engine(Protocol):
@@ -66,6 +72,25 @@ class Engine(Protocol):
 
     def write(self, key: ModelKey, slot: int, carry: bytes) -> None:
         """The opposite of `read`."""
+        ...
+
+    def add_memory(self, key: ModelKey, rows: bytes) -> int:
+        """Takes the rows that sessions attend over, float32; at least one row.
+
+        Returns:
+            A number above 0 for `Work.memory`. Any number of works of a batch may have the same.
+
+        Raises:
+            DeviceOutOfMemory, EngineFailed: Nothing was changed.
+        """
+        ...
+
+    def read_memory(self, key: ModelKey, memory: int) -> bytes:
+        """The rows that `add_memory` took."""
+        ...
+
+    def drop_memory(self, key: ModelKey, memory: int) -> None:
+        """Forgets a memory that no session attends over any more."""
         ...
 
     def slots_used(self, key: ModelKey) -> int:

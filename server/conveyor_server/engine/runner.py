@@ -17,6 +17,7 @@ from conveyor_server.engine.lstm import (
     padded,
     round_up,
 )
+from conveyor_server.engine.memories import Memories
 from conveyor_server.engine.port import Done, Work
 from conveyor_server.engine.products import Product, ProductFamily
 from conveyor_server.engine.ragged import Index, Layout, lay_out
@@ -59,6 +60,8 @@ class ModelRunner:
         self._head = None
         if "head.weight" in weights:
             self._head = _build_head(weights, self._layers[-1].output_width, family)
+        row_size = 1 if spec.attention is None else spec.attention.memory_size
+        self.memories = Memories(row_size, device)
         self.pool = StatePool(
             sizes=[size for layer in self._layers for size in (layer.output_size, layer.cell_size)],
             widths=[w for layer in self._layers for w in (layer.output_width, layer.cell_width)],

@@ -110,7 +110,7 @@ WRONG = {
     "unknown cell": (
         _edited('"lstm"', '"lstn"'),
         "layers.0.cell",
-        "'lstn' is not one of the known ones: lstm",
+        "'lstn' is not one of the known ones: rnn, lstm, gru",
     ),
     "cell of another type": (_edited('"lstm"', "[]"), "layers.0.cell", "[] is not one of"),
     "no cell": (_edited('cell = "lstm"', ""), "layers.0.cell", "missing"),
