@@ -35,6 +35,25 @@ class Done:
     """If it was wanted."""
 
 
+class Prediction(Protocol):
+    """A whole sequence on its way through a model that cannot be streamed, a slice at a time."""
+
+    def advance(self, steps_max: int) -> bytes | None:
+        """Runs the next slice.
+
+        Args:
+            steps_max: At most so many steps of one layer in one direction are run.
+
+        Returns:
+            The wanted output rows, packed, float32, once all is done; None before.
+
+        Raises:
+            EngineFailed, DeviceOutOfMemory: The prediction is lost; drop it.
+            SessionQuarantined: The same: the sequence drives a carry to NaN or infinity.
+        """
+        ...
+
+
 class Engine(Protocol):
     """Runs batches and keeps carries by slot. Not thread-safe: one caller at a time."""
 
@@ -51,6 +70,17 @@ class Engine(Protocol):
         Raises:
             EngineFailed: Nothing was changed: every carry is as it was.
             DeviceOutOfMemory: Likewise.
+        """
+        ...
+
+    def predict(self, key: ModelKey, rows: bytes, length: int, outputs: int) -> Prediction:
+        """Begins a whole sequence on a model that cannot be streamed; computes nothing yet.
+
+        Args:
+            key: The model, with a reverse or bidirectional layer.
+            rows: The packed input rows, `length` of them.
+            length: Steps, at least 1.
+            outputs: How many of the last steps' output rows are wanted.
         """
         ...
 
