@@ -15,8 +15,9 @@ from torch import Tensor
 
 from conveyor_models import Bundle, ModelSpec, digest_of
 from conveyor_server.core import ModelKey, TraceMode
-from conveyor_server.engine.engine import TorchEngine
+from conveyor_server.engine.engine import Runner, TorchEngine
 from conveyor_server.engine.port import Done, Work
+from conveyor_server.engine.prediction import SequenceRunner
 from conveyor_server.engine.products import BlockedFamily, PrepackedFamily, ProductFamily
 from conveyor_server.engine.runner import ModelRunner
 
@@ -124,8 +125,14 @@ class Loaded:
 
     engine: TorchEngine
     key: ModelKey
-    runner: ModelRunner
+    prepared: Runner
     spec: ModelSpec
+
+    @property
+    def runner(self) -> ModelRunner:
+        """Of a model that can be streamed."""
+        assert isinstance(self.prepared, ModelRunner)
+        return self.prepared
 
     def acquire(self) -> int:
         slot = self.engine.acquire(self.key)
@@ -197,7 +204,9 @@ def load(
     key = ModelKey(bundle.spec.name, bundle.spec.version)
     if family is None:
         runner = engine.prepare(bundle)
-    else:
+    elif bundle.spec.streamable:
         runner = ModelRunner(bundle, slots, device, family)
+    else:
+        runner = SequenceRunner(bundle, device, family)
     engine.add(key, runner)
     return Loaded(engine, key, runner, bundle.spec)

@@ -230,5 +230,6 @@ def softmax(y: Doubles) -> Doubles:
 
 
 def error(out: npt.NDArray[Any], ref: npt.NDArray[Any]) -> float:
-    """norm(out - ref) / norm(ref)"""
-    return float(np.linalg.norm(out.astype(np.float64) - ref) / np.linalg.norm(ref))
+    """norm(out - ref) / norm(ref); of zeros (a dead relu's), norm(out)."""
+    norm = float(np.linalg.norm(ref)) or 1.0
+    return float(np.linalg.norm(out.astype(np.float64) - ref)) / norm

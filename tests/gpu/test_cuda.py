@@ -17,6 +17,7 @@ from conveyor_server.engine.products import BlockedFamily
 from conveyor_server.engine.runner import ModelRunner
 from conveyor_server.errors import DeviceOutOfMemory
 from tests.fidelity import reference
+from tests.fidelity.cases import NETWORKS, STEPS, TOLERANCE_FLOAT32
 from tests.fidelity.networks import (
     Loaded,
     load,
@@ -26,7 +27,6 @@ from tests.fidelity.networks import (
     random_weights,
 )
 from tests.fidelity.same_bits import holds
-from tests.fidelity.test_lstm import SPECS, STEPS, TOLERANCE_FLOAT32
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,7 +47,7 @@ def _loaded(spec: ModelSpec = SPEC, slots: int = 16) -> Loaded:
 # --- fidelity ---
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+@pytest.mark.parametrize("spec", NETWORKS.values(), ids=NETWORKS.keys())
 def test_the_engine_computes_the_equations(spec: ModelSpec) -> None:
     weights = random_weights(spec, 0)
     inputs = [random_rows(spec, steps, steps) for steps in (STEPS, 1, 17, 400)]
