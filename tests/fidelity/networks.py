@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from conveyor_models import Bundle, ModelSpec, digest_of
+from conveyor_models.layers import RnnLayer
 from conveyor_server.core import ModelKey, TraceMode
 from conveyor_server.engine.engine import Runner, TorchEngine
 from conveyor_server.engine.port import Done, Work
@@ -85,6 +86,11 @@ def random_weights(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
         if ".peephole_" in name:
             scale = 0.5  # a forget gate that follows its own c closely never forgets
         weights[name] = scale * torch.randn(shape, generator=generator)
+    for number, layer in enumerate(spec.layers):
+        if isinstance(layer, RnnLayer) and layer.nonlinearity == "relu":
+            for prefix in layer.directions:  # nothing else holds its state
+                recurrent = weights[f"layers.{number}.{prefix}weight_recurrent"]
+                recurrent.mul_(min(1.0, 0.95 / float(torch.linalg.matrix_norm(recurrent, 2))))
     return weights
 
 

@@ -18,6 +18,7 @@ from conveyor_server.engine import packing
 from conveyor_server.engine.engine import SameBitsError, TorchEngine
 from conveyor_server.engine.probe import same_bits
 from conveyor_server.engine.products import BlockedFamily, Product, ProductFamily
+from tests.fidelity.cases import FAMILIES
 from tests.fidelity.networks import (
     CPU,
     families,
@@ -27,7 +28,15 @@ from tests.fidelity.networks import (
     random_rows,
     random_weights,
 )
-from tests.fidelity.same_bits import SETTINGS, Scenario, Turn, difference, holds, scenarios
+from tests.fidelity.same_bits import (
+    SETTINGS,
+    Scenario,
+    Turn,
+    difference,
+    holds,
+    holds_in_slices,
+    scenarios,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +57,11 @@ def test_bits_depend_on_the_session_alone_with_two_threads() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("same bits with 2 threads") == len(families(2))
+
+
+@pytest.mark.parametrize("family", families(1), ids=lambda family: family.name)
+def test_whole_sequences_have_the_same_bits_in_any_slices(family: ProductFamily) -> None:
+    holds_in_slices(lambda: family, examples=60)
 
 
 @pytest.mark.parametrize("name", ["letters", "temperature"])
@@ -227,8 +241,9 @@ def test_a_row_of_a_head_does_not_depend_on_its_place(family: ProductFamily, out
     assert len({out.tobytes() for out in together}) == 1
 
 
-def test_one_session_in_256_keeps_its_bits() -> None:
-    spec = make_spec([65], features=9)
+@pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES.keys())
+def test_one_session_in_256_keeps_its_bits(options: dict[str, object]) -> None:
+    spec = make_spec([{**options, "size": 65}], features=9)
     loaded = load(make_bundle(spec, random_weights(spec, 0)), slots=256)
     inputs = [random_rows(spec, 3, number) for number in range(256)]
     together = loaded.run_batch(inputs)
