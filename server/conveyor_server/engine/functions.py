@@ -53,6 +53,15 @@ def from_half_(half: Tensor) -> Tensor:
     return half.mul_(2).sub_(1)
 
 
+def keep_infinite_(h: Tensor, before: Tensor) -> Tensor:
+    """Makes an h that follows an infinite one NaN, and leaves any other as it is.
+
+    Else an h without bounds could overflow and be finite again at the end of a chunk, and what
+    becomes of a session would depend on how its input was cut.
+    """
+    return h.add_(before, alpha=0)  # 0 times infinity is NaN
+
+
 def columns_of(x: Tensor, blocks: int) -> Sequence[Tensor]:
     """[rows, blocks * width] -> so many [rows, width]."""
     return torch.chunk(x, blocks, dim=1)

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from conveyor_models import LstmWeights
 from conveyor_server.engine.feeds import Feed
-from conveyor_server.engine.functions import CANDIDATE, GATE, Functions, columns_of, from_half_
+from conveyor_server.engine.functions import (
+    CANDIDATE,
+    GATE,
+    Functions,
+    columns_of,
+    from_half_,
+    keep_infinite_,
+)
 from conveyor_server.engine.packing import pad_vector, padded, spread
 from conveyor_server.engine.products import Product, ProductFamily
 from conveyor_server.engine.trace import Tap
@@ -58,7 +65,7 @@ class LstmKernel:
         shown = (c + c).sigmoid_().mul_(o)
         h = shown.add_(shown).sub_(o)
         if self._projection is not None:
-            h = self._projection.linear(h)
+            h = keep_infinite_(self._projection.linear(h), carry[0])
         if tap is not None:
             tap.see(o=o, c=c, h=h)
         return [h, c]

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from conveyor_models import RnnWeights
 from conveyor_server.engine.feeds import Feed
-from conveyor_server.engine.functions import CANDIDATE, GATE, Functions, from_half_
+from conveyor_server.engine.functions import CANDIDATE, GATE, Functions, from_half_, keep_infinite_
 from conveyor_server.engine.packing import padded
 from conveyor_server.engine.trace import Tap
 
@@ -25,6 +25,7 @@ class RnnKernel:
         """See `Kernel.step`."""
         if not self._tanh:
             h = self._functions.clip_(self._sums.linear(x, carry[0]), GATE).relu_()
+            h = keep_infinite_(h, carry[0])
         elif self._functions.plain:
             h = from_half_(self._sums.logistic(x, carry[0]))
         else:
