@@ -30,6 +30,7 @@ from tests.fidelity.networks import (
     families,
     load,
     make_bundle,
+    make_spec,
     random_memory,
     random_rows,
     random_weights,
@@ -262,10 +263,44 @@ def holds_in_slices(
     check()
 
 
+CROWDS: Final[dict[str, tuple[ModelSpec, int]]] = {
+    "lstm": (make_spec([512], features=3), 160),
+    "clipped lstm": (make_spec([{"size": 512, "clip": 2.0}], features=3), 100),
+    "gru": (make_spec([{"cell": "gru", "size": 512}], features=3, head=1), 200),
+    "attention": (
+        make_spec(
+            [{"cell": "gru", "size": 33}],
+            features=3,
+            attention={"memory_size": 40, "size": 100, "gate": True},
+        ),
+        19,
+    ),
+}
+"""So many sessions that threads share the work of element-wise functions, and how many."""
+
+
+def crowds_hold(family: ProductFamily) -> None:
+    """Asserts that bits do not depend on where one thread's share ends and another's begins."""
+    threads = torch.get_num_threads()
+    for name, (spec, sessions) in CROWDS.items():
+        bundle = make_bundle(spec, random_weights(spec, 0))
+        loaded = load(bundle, family=family, slots=sessions, threads=threads)
+        inputs = [random_rows(spec, 1 + n % 2, n) for n in range(sessions)]
+        memories: list[Rows | None] = [None] * sessions
+        if spec.attention is not None:
+            memories = [random_memory(spec, 60 - n % 3, n) for n in range(sessions)]
+        together = loaded.run_works(inputs, memories, TraceMode.FULL)
+        for number, done in enumerate(together):
+            part = slice(number, number + 1)
+            alone = loaded.run_works(inputs[part], memories[part], TraceMode.FULL)
+            assert alone == [done], f"{name}, session {number}, {threads} threads"
+
+
 if __name__ == "__main__":  # with a number of threads, which torch keeps for a whole process
     count = int(sys.argv[1])
     torch.set_num_threads(count)
     for each in families(count):
+        crowds_hold(each)
         holds(lambda each=each: each, examples=int(sys.argv[2]))
         holds_in_slices(lambda each=each: each, examples=int(sys.argv[2]) // 2)
         print(f"{each.name}: same bits with {torch.get_num_threads()} threads")

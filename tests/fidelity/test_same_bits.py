@@ -46,9 +46,10 @@ def test_bits_depend_on_the_session_alone(family: ProductFamily) -> None:
     holds(lambda: family, examples=120)
 
 
-def test_bits_depend_on_the_session_alone_with_two_threads() -> None:
+@pytest.mark.parametrize(("threads", "examples"), [(2, 40), (3, 10), (4, 10)])
+def test_bits_depend_on_the_session_alone_with_threads(threads: int, examples: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fidelity.same_bits", "2", "40"],
+        [sys.executable, "-m", "tests.fidelity.same_bits", str(threads), str(examples)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -56,7 +57,7 @@ def test_bits_depend_on_the_session_alone_with_two_threads() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("same bits with 2 threads") == len(families(2))
+    assert done.stdout.count(f"same bits with {threads} threads") == len(families(threads))
 
 
 @pytest.mark.parametrize("family", families(1), ids=lambda family: family.name)
