@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from conveyor_server.core import ELEMENT_BYTES
+from conveyor_server.engine.logistic import logistic_
 from conveyor_server.engine.packing import Columns, pad_blocks, pad_vector, padded, spread
 from conveyor_server.engine.products import ProductFamily
 
@@ -146,4 +147,4 @@ class _TabulatedSums:
         return self._accumulate(h, x[:, self._part].contiguous())
 
     def logistic(self, x: Tensor, h: Tensor) -> Tensor:
-        return self.linear(x, h).sigmoid_()
+        return logistic_(self.linear(x, h))

@@ -17,6 +17,7 @@ from conveyor_server.engine.functions import (
     from_half_,
     keep_infinite_,
 )
+from conveyor_server.engine.logistic import logistic_
 from conveyor_server.engine.packing import pad_vector, padded, spread
 from conveyor_server.engine.products import Product, ProductFamily
 from conveyor_server.engine.trace import Tap
@@ -62,7 +63,7 @@ class LstmKernel:
         if self._peephole_output is not None:
             o = self._functions.gate_(torch.addcmul(o, c, self._peephole_output))
         # h' = o (2 s(2 c') - 1) = 2 o s(2 c') - o
-        shown = (c + c).sigmoid_().mul_(o)
+        shown = logistic_(c + c).mul_(o)
         h = shown.add_(shown).sub_(o)
         if self._projection is not None:
             h = keep_infinite_(self._projection.linear(h), carry[0])
@@ -79,7 +80,7 @@ class LstmKernel:
             i[0].addcmul_(c, self._peephole_input)
         functions, width = self._functions, c.shape[1]
         if functions.plain:
-            sums[:, : len(i) * width + 2 * width].sigmoid_()
+            logistic_(sums[:, : len(i) * width + 2 * width])
         else:
             functions.gate_(sums[:, : len(i) * width + width])
             functions.half_candidate_(g)

@@ -17,6 +17,8 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
+from conveyor_server.engine.logistic import logistic_
+
 BLOCK_ROWS: Final = 32
 
 
@@ -113,7 +115,7 @@ class Blocked:
 
     def logistic(self, x: Tensor) -> Tensor:
         """See `Product.logistic`."""
-        return self.linear(x).sigmoid_()
+        return logistic_(self.linear(x))
 
     def accumulate(self, x: Tensor, y: Tensor) -> Tensor:
         """See `Product.accumulate`."""
