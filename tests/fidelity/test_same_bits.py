@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,7 @@ def test_bits_depend_on_the_session_alone_with_threads(threads: int, examples: i
     done = subprocess.run(
         [sys.executable, "-m", "tests.fidelity.same_bits", str(threads), str(examples)],
         cwd=ROOT,
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},  # no spinning where others need the cores
         capture_output=True,
         text=True,
         timeout=110,
