@@ -16,15 +16,17 @@ from conveyor_models.cells import (
 from conveyor_models.errors import (
     BundleError,
     BundleFileError,
+    ImporterMissingError,
+    ImportFileError,
     RepositoryError,
     SpecError,
     UnsupportedModuleError,
     WeightsError,
 )
-from conveyor_models.from_torch import weights_from_torch
+from conveyor_models.importers.torch_state import weights_from_torch
 from conveyor_models.layers import GruLayer, Layer, LstmLayer, RecurrentLayer, RnnLayer
 from conveyor_models.network import Carry, Network
-from conveyor_models.repository import FoundBundle, RepositoryListing, scan
+from conveyor_models.repository import FoundBundle, RepositoryListing, add_bundle, scan
 from conveyor_models.spec import AttentionSpec, ModelSpec, parse_spec
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "GruLayer",
     "GruWeights",
     "HiddenCarry",
+    "ImportFileError",
+    "ImporterMissingError",
     "Layer",
     "LstmCarry",
     "LstmLayer",
@@ -54,6 +58,7 @@ __all__ = [
     "SpecError",
     "UnsupportedModuleError",
     "WeightsError",
+    "add_bundle",
     "attend",
     "attention_memory",
     "digest_of",
