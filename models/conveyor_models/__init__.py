@@ -3,6 +3,7 @@
 from conveyor_models.attention import AttentionWeights, Memory, attend, attention_memory
 from conveyor_models.bundle import Bundle, digest_of, load_bundle, load_spec, save_bundle
 from conveyor_models.cells import (
+    CellWeights,
     GateFunction,
     GruWeights,
     HiddenCarry,
@@ -25,7 +26,13 @@ from conveyor_models.errors import (
 )
 from conveyor_models.importers.torch_state import weights_from_torch
 from conveyor_models.layers import GruLayer, Layer, LstmLayer, RecurrentLayer, RnnLayer
-from conveyor_models.network import Carry, Network
+from conveyor_models.network import (
+    Carry,
+    Network,
+    attention_weights,
+    cell_weights,
+    layer_tensors,
+)
 from conveyor_models.repository import FoundBundle, RepositoryListing, add_bundle, scan
 from conveyor_models.spec import AttentionSpec, ModelSpec, parse_spec
 
@@ -36,6 +43,7 @@ __all__ = [
     "BundleError",
     "BundleFileError",
     "Carry",
+    "CellWeights",
     "FoundBundle",
     "GateFunction",
     "GruLayer",
@@ -61,8 +69,11 @@ __all__ = [
     "add_bundle",
     "attend",
     "attention_memory",
+    "attention_weights",
+    "cell_weights",
     "digest_of",
     "gru_cell",
+    "layer_tensors",
     "load_bundle",
     "load_spec",
     "lstm_cell",
