@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from conveyor_models.errors import ImportFileError
-from conveyor_models.importers.common import ImportedLayer, ImportedModel
+from conveyor_models.importers.common import ImportedLayer, ImportedModel, refused
 from conveyor_models.importers.options import NO_OPTIONS, ImportOptions, parse_cells
 from conveyor_models.importers.torch_state import model_from_state, weights_from_torch
 
@@ -25,7 +25,7 @@ __all__ = [
     "weights_from_torch",
 ]
 
-SUFFIXES: Final = (".safetensors", ".pt", ".pth")
+SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".onnx")
 
 
 def import_model(path: Path, options: ImportOptions = NO_OPTIONS) -> ImportedModel:
@@ -43,12 +43,18 @@ def import_model(path: Path, options: ImportOptions = NO_OPTIONS) -> ImportedMod
     """
     # Each format is loaded by its own import, for most need one.
     suffix = path.suffix.lower()
+    if suffix in (".safetensors", ".pt", ".pth"):
+        from conveyor_models.importers import torch_file  # noqa: PLC0415
+
+        if suffix == ".safetensors":
+            return torch_file.import_safetensors(path, options)
+        return torch_file.import_pickle(path, options)
     if suffix not in SUFFIXES:
         raise ImportFileError(
             f"ends in {suffix or 'nothing'}, expected one of {', '.join(SUFFIXES)}", path=path
         )
-    from conveyor_models.importers import torch_file  # noqa: PLC0415
+    if options != NO_OPTIONS:
+        raise refused(path.name, "says its own structure; the options are for state dicts")
+    from conveyor_models.importers.onnx_file import import_onnx  # noqa: PLC0415
 
-    if suffix == ".safetensors":
-        return torch_file.import_safetensors(path, options)
-    return torch_file.import_pickle(path, options)
+    return import_onnx(path)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -97,6 +98,18 @@ def exact_float32(name: str, tensor: Tensor) -> Tensor:
             name, "is float64 and holds values that float32 does not; convert the model first"
         )
     return single
+
+
+def tensor_of(name: str, array: np.ndarray[Any, Any]) -> Tensor:
+    """`exact_float32` of a numpy array.
+
+    Raises:
+        UnsupportedModuleError: it is not made of floats, or float32 cannot hold one of them.
+    """
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise refused(name, f"is of type {array.dtype}, expected floats")
+    native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=True)
+    return exact_float32(name, torch.from_numpy(native))  # pyright: ignore[reportUnknownMemberType]
 
 
 def blocks(tensor: Tensor, gates: str) -> dict[str, Tensor]:
