@@ -25,7 +25,7 @@ __all__ = [
     "weights_from_torch",
 ]
 
-SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".onnx")
+SUFFIXES: Final = (".safetensors", ".pt", ".pth", ".onnx", ".keras", ".h5", ".hdf5")
 
 
 def import_model(path: Path, options: ImportOptions = NO_OPTIONS) -> ImportedModel:
@@ -55,6 +55,10 @@ def import_model(path: Path, options: ImportOptions = NO_OPTIONS) -> ImportedMod
         )
     if options != NO_OPTIONS:
         raise refused(path.name, "says its own structure; the options are for state dicts")
-    from conveyor_models.importers.onnx_file import import_onnx  # noqa: PLC0415
+    if suffix == ".onnx":
+        from conveyor_models.importers.onnx_file import import_onnx  # noqa: PLC0415
 
-    return import_onnx(path)
+        return import_onnx(path)
+    from conveyor_models.importers.keras_file import import_keras  # noqa: PLC0415
+
+    return import_keras(path)
