@@ -1,6 +1,7 @@
 """Run by itself: Keras 3, on torch, writes models, what they read and what they answer.
 
-``python keras_files.py FOLDER`` writes NAME.keras, NAME.h5 and NAME.npz for each model. A process
+``python keras_files.py FOLDER [NAME ...]`` writes NAME.keras, NAME.h5 and NAME.npz for each model,
+or those of the names, and without names also files that an importer has to refuse. A process
 of its own keeps Keras's settings and warnings away from the tests.
 """
 
@@ -105,11 +106,11 @@ REFUSED: dict[str, Callable[[], Any]] = {
 }
 
 
-def main(folder: Path) -> None:
-    for name, make in MODELS.items():
+def main(folder: Path, names: list[str]) -> None:
+    for name in names or MODELS:
         keras.utils.clear_session()
         keras.utils.set_random_seed(len(name))
-        model = make()
+        model = MODELS[name]()
         rng = np.random.default_rng(len(name))
         model.set_weights([rng.normal(0, 0.6, each.shape) for each in model.get_weights()])
         tokens = name == "words"
@@ -119,6 +120,11 @@ def main(folder: Path) -> None:
         np.savez(folder / f"{name}.npz", x=x, y=y)
         model.save(folder / f"{name}.keras")
         model.save(folder / f"{name}.h5")
+    if not names:
+        write_refused(folder)
+
+
+def write_refused(folder: Path) -> None:
     for name, make in REFUSED.items():
         keras.utils.clear_session()
         model = make()
@@ -129,4 +135,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

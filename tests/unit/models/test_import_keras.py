@@ -24,7 +24,7 @@ from tests.unit.models.importing import error, rows_of
 
 KERAS_ERROR_MAX = 5e-6
 """Keras on torch, in float32 and in another order of additions, over 25 steps."""
-NAMES = [
+NAMES = (
     "lstm",
     "lstm_of_one",
     "lstm_17",
@@ -44,7 +44,7 @@ NAMES = [
     "head",
     "logs",
     "functional",
-]
+)
 
 
 @pytest.fixture(scope="module")
