@@ -216,7 +216,7 @@ def test_any_size_is_what_both_judges_say(
 
 
 @pytest.mark.parametrize("op", ["LSTM", "GRU"])
-def test_batch_first_is_the_reference_evaluators(op: str, tmp_path: Path) -> None:
+def test_batch_first_is_time_first_with_axes_exchanged(op: str, tmp_path: Path) -> None:
     """ONNX Runtime does not run layout 1 on the CPU."""
     given = weights(op, 3, 4)
     for name in ("initial_h", "initial_c")[: 2 if op == "LSTM" else 1]:
