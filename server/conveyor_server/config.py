@@ -141,7 +141,7 @@ class LimitsConfig(_Section):
 
     Neither is reached where so many rows would not fit into a message together with the carry.
     """
-    memories_bytes_max: int = Field(default=2 * 2**30, ge=1024)
+    memories_bytes_max: int = Field(default=2 * 2**30, ge=1)
     """Bytes of what all sessions attend over; what forks share counts once."""
     predictions_max: int = Field(default=64, ge=1)
     """Predict calls at once on models with layers that run from the end."""
