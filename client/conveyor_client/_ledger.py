@@ -21,6 +21,7 @@ from conveyor_client._errors import (
     StepResultNotHeld,
 )
 from conveyor_client._nouns import OutputValue, TraceValue
+from conveyor_client._trace import TracePiece
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +51,7 @@ class Chunk:
     sent: bool = False
     doomed: bool = False
     pieces: list[bytes] = field(default_factory=list[bytes])
-    traces: list[session_pb2.Trace] = field(default_factory=list[session_pb2.Trace])
+    traces: list[TracePiece] = field(default_factory=list[TracePiece])
 
     @property
     def last_step(self) -> int:
@@ -210,7 +211,9 @@ class Ledger:
                 whole = known <= 0 or entry.rows_length != length
                 chunk.pieces.append(rows if whole else rows[known * self._output_row_bytes :])
             if chunk.trace:
-                chunk.traces.append(entry.trace)
+                trace = entry.trace if entry.HasField("trace") else None
+                told = max(known, 0)
+                chunk.traces.append(TracePiece(length - told, trace, told))
             chunk.received = after - chunk.first_step
             self.answered_step = after - 1
         self.durable(entry.durable_step)

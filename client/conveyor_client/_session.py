@@ -24,7 +24,7 @@ from conveyor_client._nouns import (
     TraceMode,
     TraceValue,
 )
-from conveyor_client._trace import Trace, trace_from_proto
+from conveyor_client._trace import Trace, trace_from_pieces
 
 if TYPE_CHECKING:
     from conveyor_client._client import Client
@@ -266,30 +266,10 @@ class Session:
             ConveyorError: As `step`; inputs after the failed one are not run.
         """
         mode = output or self._output
-        room = asyncio.Semaphore(max(1, in_flight))
-        sent: asyncio.Queue[_Sent | None] = asyncio.Queue()
-
-        async def feed() -> None:
-            try:
-                async for item in _each(inputs):
-                    await room.acquire()
-                    sent.put_nowait(self._send(item, mode, timeout_seconds))
-            finally:
-                sent.put_nowait(None)
-
-        feeder = asyncio.create_task(feed())
-        try:
-            while (head := await sent.get()) is not None:
-                chunks = await self._wait_for(head, timeout_seconds)
-                room.release()
-                yield self._output_of(head, chunks)
-            await feeder  # raises what reading or packing the inputs raised
-        finally:
-            feeder.cancel()
-            await asyncio.gather(feeder, return_exceptions=True)
-            while not sent.empty():
-                if (left := sent.get_nowait()) is not None:
-                    left.give_up()
+        answered = self._in_order(inputs, in_flight, mode, timeout_seconds)
+        async with aclosing(answered):
+            async for sent, chunks in answered:
+                yield self._output_of(sent, chunks)
 
     async def step_with_trace(
         self,
@@ -306,7 +286,8 @@ class Session:
             timeout_seconds: As for `step`.
 
         Returns:
-            The output rows, and the trace.
+            The output rows, and the trace, one row for each step. Steps that were answered from the
+            server's memory, after the connection broke, have none: see `Trace.covered`.
 
         Raises:
             NotSupported: The server does not trace.
@@ -314,8 +295,38 @@ class Session:
         """
         sent = self._send(inputs, "all", timeout_seconds, trace=TRACE_MODES[mode])
         chunks = await self._wait_for(sent, timeout_seconds)
-        traces = [trace for chunk in chunks for trace in chunk.traces]
-        return self._output_of(sent, chunks), trace_from_proto(traces)
+        return self._output_of(sent, chunks), _trace_of(chunks)
+
+    async def stream_with_trace(
+        self,
+        inputs: AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike],
+        *,
+        mode: TraceMode = "summary",
+        in_flight: int = 32,
+        timeout_seconds: float | None = None,
+    ) -> AsyncGenerator[tuple[FloatArray, Trace]]:
+        """Runs steps or chunks, several in flight, and tells what the gates did.
+
+        As `stream`, with what `step_with_trace` returns for each input.
+
+        Args:
+            inputs: Steps or chunks, each as `step` takes it.
+            mode: "summary" for statistics of each gate, "full" for every activation.
+            in_flight: At most so many are sent ahead of the output that was yielded last.
+            timeout_seconds: For each of them.
+
+        Yields:
+            The output rows and the trace of each input, in order.
+
+        Raises:
+            NotSupported: The server does not trace.
+            ConveyorError: As `step`; inputs after the failed one are not run.
+        """
+        trace = TRACE_MODES[mode]
+        answered = self._in_order(inputs, in_flight, "all", timeout_seconds, trace=trace)
+        async with aclosing(answered):
+            async for sent, chunks in answered:
+                yield self._output_of(sent, chunks), _trace_of(chunks)
 
     def generate(
         self,
@@ -486,6 +497,41 @@ class Session:
             )
         return _Sent(chunks, mode == "last")
 
+    async def _in_order(
+        self,
+        inputs: AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike],
+        in_flight: int,
+        mode: Output,
+        timeout_seconds: float | None,
+        *,
+        trace: TraceValue = session_pb2.TRACE_MODE_UNSPECIFIED,
+    ) -> "AsyncGenerator[tuple[_Sent, list[Chunk]]]":
+        """Submits inputs, several ahead, and yields what was answered, in order."""
+        room = asyncio.Semaphore(max(1, in_flight))
+        queue: asyncio.Queue[_Sent | None] = asyncio.Queue()
+
+        async def feed() -> None:
+            try:
+                async for item in _each(inputs):
+                    await room.acquire()
+                    queue.put_nowait(self._send(item, mode, timeout_seconds, trace=trace))
+            finally:
+                queue.put_nowait(None)
+
+        feeder = asyncio.create_task(feed())
+        try:
+            while (head := await queue.get()) is not None:
+                chunks = await self._wait_for(head, timeout_seconds)
+                room.release()
+                yield head, chunks
+            await feeder  # raises what reading or packing the inputs raised
+        finally:
+            feeder.cancel()
+            await asyncio.gather(feeder, return_exceptions=True)
+            while not queue.empty():
+                if (left := queue.get_nowait()) is not None:
+                    left.give_up()
+
     async def _wait_for(self, sent: "_Sent", timeout_seconds: float | None) -> list[Chunk]:
         seconds = self._seconds(timeout_seconds)
         try:
@@ -529,6 +575,11 @@ class Session:
 
     def _seconds(self, timeout_seconds: float | None) -> float:
         return self._client.options.timeout_seconds if timeout_seconds is None else timeout_seconds
+
+
+def _trace_of(chunks: list[Chunk]) -> Trace:
+    pieces = [piece for chunk in chunks for piece in chunk.traces]
+    return trace_from_pieces(chunks[0].first_step, pieces)
 
 
 async def _each(
