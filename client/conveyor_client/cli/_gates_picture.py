@@ -1,0 +1,350 @@
+"""Gates as a picture: a heat map for each gate over time, what went in and out, and the attention.
+
+The only module that imports matplotlib, which is the extra `plot`. Nothing here touches its global
+state: figures are made and drawn as objects.
+"""
+
+# pyright: reportUnknownMemberType=false
+# The keyword arguments of matplotlib's functions have no types, so nearly all are partly unknown.
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from conveyor_client._nouns import FloatArray
+from conveyor_client._trace import GateTrace, LayerTrace
+from conveyor_client.cli._recording import Span
+from conveyor_client.cli._scales import LONG_NAMES, scale_of
+
+_LETTERS_MAX = 160  # beyond it they are too small to read
+_LINES_MAX = 8
+_GUESSES_MAX = 14
+
+# Inches.
+_WIDTH, _WIDTH_MAX, _WIDTH_OF_STEP = 11.0, 18.0, 0.115
+_LEFT, _RIGHT, _BAR, _BAR_GAP = 1.25, 0.75, 0.13, 0.12
+_TOP, _BOTTOM = 0.75, 0.25
+_HEADING, _GAP, _AXIS = 0.42, 0.10, 0.55
+_PANEL, _PANEL_MIN, _PANELS_MAX = 1.05, 0.45, 70.0
+
+_DPI, _PIXELS_MAX = 150, 60_000
+_INK, _PALE = "#1f2430", "#7a8294"
+_MISSING = "#d9dce3"
+_COLOURS = ("#3b6fb6", "#d1622b", "#3d8f5f", "#a04a9b", "#b3942f", "#3fa7b5", "#7d5a4f", "#6b6f7b")
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One drawing over time.
+
+    Attributes:
+        name: What stands to the left of it, large.
+        note: And below that, small.
+        draw: Draws it; returns what the colour bar explains, if anything.
+        share: Its height, in panels.
+    """
+
+    name: str
+    note: str
+    draw: Callable[[Axes], AxesImage | None]
+    share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Panels under one heading and above one axis of time."""
+
+    heading: str
+    panels: Sequence[Panel]
+
+
+def png(span: Span, title: str) -> bytes:
+    """Draws everything into one picture.
+
+    Args:
+        span: What was watched, at least one step.
+        title: Its title.
+
+    Returns:
+        The file.
+    """
+    return _render(_figure(sections_of(span), span, title))
+
+
+def section_pngs(span: Span) -> list[tuple[str, bytes]]:
+    """Draws each section into a picture of its own.
+
+    Args:
+        span: What was watched, at least one step.
+
+    Returns:
+        For each section what it shows, in words, and the file.
+    """
+    made: list[tuple[str, bytes]] = []
+    for section in sections_of(span):
+        names = ", ".join(panel.name for panel in section.panels)
+        made.append((f"{section.heading}: {names}", _render(_figure([section], span, ""))))
+    return made
+
+
+def sections_of(span: Span) -> list[Section]:
+    """What there is to draw: inputs and outputs, the attention, and each layer."""
+    sections = [Section("What goes in and what comes out", _in_and_out(span))]
+    weights = span.trace.attention
+    if weights is not None:
+        highest = float(np.nanmax(weights, initial=0.0)) or 1.0
+        panel = Panel(
+            "attention",
+            f"{weights.shape[1]} rows",
+            lambda ax: _heat(ax, weights, "cividis", 0.0, highest),
+            share=1.6,
+        )
+        sections.append(Section("Where it looks", [panel]))
+    return sections + [_layer(layer) for layer in span.trace.layers]
+
+
+# --- inputs and outputs --------------------------------------------------------------------------
+
+
+def _in_and_out(span: Span) -> list[Panel]:
+    panels: list[Panel] = []
+    if span.letters is None:
+        names = span.names.inputs or [str(n) for n in range(span.inputs.shape[1])]
+        inputs = np.asarray(span.inputs, np.float32)
+        panels.append(Panel("inputs", _scaled_note(inputs), _lines(inputs, names)))
+    chances = span.probabilities
+    if chances is None:
+        names = span.names.outputs or [str(n) for n in range(span.outputs.shape[1])]
+        panels.append(Panel("outputs", _scaled_note(span.outputs), _lines(span.outputs, names)))
+    else:
+        panels.append(Panel("outputs", "likeliest", _guesses(span, chances), share=2.0))
+    return panels
+
+
+def _lines(rows: FloatArray, names: Sequence[str]) -> Callable[[Axes], None]:
+    """Features over time, each scaled to its own range where the ranges differ much."""
+
+    def draw(ax: Axes) -> None:
+        shown = rows[:, :_LINES_MAX]
+        if _ranges_differ(rows):
+            low, high = shown.min(axis=0), shown.max(axis=0)
+            shown = (shown - low) / np.where(high > low, high - low, 1)
+        at = np.arange(len(rows))
+        for n in range(shown.shape[1]):
+            ax.plot(at, shown[:, n], color=_COLOURS[n], linewidth=1.3, label=names[n])
+        legend = ax.legend(
+            loc="upper left", bbox_to_anchor=(1.005, 1.02), frameon=False, fontsize=6.5,
+            handlelength=1.0, handletextpad=0.4, labelspacing=0.25, borderaxespad=0,
+        )  # fmt: skip
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        ax.margins(x=0.0)
+        ax.set_xlim(-0.5, len(rows) - 0.5)
+        ax.tick_params(axis="y", labelsize=6.5, length=2, colors=_PALE)
+
+    return draw
+
+
+def _ranges_differ(rows: FloatArray) -> bool:
+    ranges = np.ptp(rows[:, :_LINES_MAX], axis=0)
+    ranges = ranges[ranges > 0]
+    return bool(len(ranges)) and float(ranges.max() / ranges.min()) > 20
+
+
+def _scaled_note(rows: FloatArray) -> str:
+    more = f"first {_LINES_MAX} of {rows.shape[1]}" if rows.shape[1] > _LINES_MAX else ""
+    return more or ("each in its range" if _ranges_differ(rows) else "")
+
+
+def _guesses(span: Span, chances: FloatArray) -> Callable[[Axes], AxesImage]:
+    """The likeliest outputs over time, and where they name tokens, the one that came next."""
+    rows = min(_GUESSES_MAX, chances.shape[1])
+    chosen = np.sort(np.argsort(chances.max(axis=0))[::-1][:rows])
+
+    def draw(ax: Axes) -> AxesImage:
+        image = _heat(ax, chances[:, chosen], "Blues", 0.0, 1.0)
+        size = min(7.0, 2.1 * _PANEL * 72 / rows * 0.8)
+        ax.set_yticks(
+            range(rows), [span.names.output(int(n)) for n in chosen], fontsize=size,
+            family="monospace", parse_math=False,
+        )  # fmt: skip
+        if span.names.feeds_back:
+            came = [
+                (step, int(row))
+                for step, token in enumerate(span.inputs[1:].tolist())
+                for row in np.flatnonzero(chosen == token)
+            ]
+            if came:
+                at = np.array(came)
+                ax.scatter(at[:, 0], at[:, 1], s=9, facecolors="none", edgecolors="#d1622b")
+                ax.text(
+                    1.0, 1.03, "○ what came next", transform=ax.transAxes, fontsize=7,
+                    color="#d1622b", ha="right", va="bottom",
+                )  # fmt: skip
+        return image
+
+    return draw
+
+
+# --- gates ---------------------------------------------------------------------------------------
+
+
+def _layer(layer: LayerTrace) -> Section:
+    units = max(gate.units for gate in layer)
+    heading = f"Layer {layer.layer}: {layer.cell}, {units} units"
+    return Section(heading, [_gate(gate) for gate in layer])
+
+
+def _gate(gate: GateTrace) -> Panel:
+    note = LONG_NAMES.get(gate.name, "")
+    values = gate.values
+    if values is None:
+        return Panel(gate.name, note, lambda ax: _spread(ax, gate))
+    scale = scale_of(gate.name, gate.minimum, gate.maximum)
+    colours = "RdBu_r" if scale.diverging else "viridis"
+    return Panel(gate.name, note, lambda ax: _heat(ax, values, colours, scale.low, scale.high))
+
+
+def _heat(ax: Axes, values: FloatArray, colours: str, low: float, high: float) -> AxesImage:
+    """(K, units) as a heat map, time to the right."""
+    image = ax.imshow(values.T, aspect="auto", cmap=colours, vmin=low, vmax=high)
+    cmap = image.get_cmap().copy()
+    cmap.set_bad(_MISSING)
+    image.set_cmap(cmap)
+    last = values.shape[1] - 1
+    ax.set_yticks(sorted({0, last}))
+    ax.tick_params(axis="y", labelsize=6.5, length=2, colors=_PALE)
+    return image
+
+
+def _spread(ax: Axes, gate: GateTrace) -> None:
+    """A summary over time: from the least to the greatest, the mean, and the shares at the ends."""
+    at = np.arange(len(gate.mean))
+    scale = scale_of(gate.name, gate.minimum, gate.maximum)
+    ax.fill_between(at, gate.minimum, gate.maximum, step="mid", color=_COLOURS[0], alpha=0.18, lw=0)
+    ax.plot(at, gate.mean, color=_COLOURS[0], linewidth=1.5, label="mean")
+    if not scale.diverging:
+        ax.plot(at, gate.share_low, color=_COLOURS[7], linewidth=0.9, ls=":", label="share < 0.1")
+        ax.plot(at, gate.share_high, color=_COLOURS[1], linewidth=0.9, ls="--", label="share > 0.9")
+    ax.legend(
+        loc="upper left", bbox_to_anchor=(1.005, 1.02), frameon=False, fontsize=6,
+        handlelength=1.2, handletextpad=0.4, labelspacing=0.25, borderaxespad=0,
+    )  # fmt: skip
+    ax.set_xlim(-0.5, len(at) - 0.5)
+    ax.set_ylim(scale.low, scale.high)
+    ax.tick_params(axis="y", labelsize=6.5, length=2, colors=_PALE)
+
+
+# --- the figure ----------------------------------------------------------------------------------
+
+
+def _figure(sections: Sequence[Section], span: Span, title: str) -> Figure:
+    """Lays panels out from the top, all of one width, in inches."""
+    shares = sum(panel.share for section in sections for panel in section.panels)
+    panel_inches = max(_PANEL_MIN, min(_PANEL, _PANELS_MAX / shares))
+    panels = sum(len(section.panels) for section in sections)
+    top = _TOP if title else 0.1
+    height = top + _BOTTOM + shares * panel_inches + panels * _GAP
+    height += len(sections) * (_HEADING + _AXIS)
+    width = min(_WIDTH_MAX, max(_WIDTH, _LEFT + _RIGHT + len(span) * _WIDTH_OF_STEP))
+    figure = Figure(figsize=(width, height), facecolor="white")
+    if title:
+        _text(figure, 0.3, height - 0.36, title, size=14, weight="bold")
+        _text(figure, 0.3, height - 0.60, _subtitle(span), size=9, color=_PALE)
+    at = height - top
+    for section in sections:
+        at -= _HEADING
+        _text(figure, 0.3, at + 0.13, section.heading, size=10.5, weight="bold")
+        for panel in section.panels:
+            at -= panel.share * panel_inches
+            last = panel is section.panels[-1]
+            _panel(figure, panel, span, (at, panel.share * panel_inches), last=last)
+            at -= _GAP
+        at -= _AXIS
+    return figure
+
+
+def _subtitle(span: Span) -> str:
+    traced = int(span.trace.covered.sum())
+    missing = "" if traced == len(span) else f"; {len(span) - traced} without a trace, grey"
+    return f"steps {span.first_step} to {span.last_step}{missing}"
+
+
+def _text(
+    figure: Figure,
+    x: float,
+    y: float,
+    text: str,
+    *,
+    size: float,
+    weight: str = "normal",
+    color: str = _INK,
+) -> None:
+    """Text at a place in inches from the lower left; never read as a formula."""
+    width, height = figure.get_size_inches()
+    figure.text(
+        x / width, y / height, text, fontsize=size, weight=weight, color=color, parse_math=False
+    )
+
+
+def _panel(
+    figure: Figure, panel: Panel, span: Span, place: tuple[float, float], *, last: bool
+) -> None:
+    bottom, tall = place
+    width, height = figure.get_size_inches()
+    inner = width - _LEFT - _RIGHT
+    ax = figure.add_axes((_LEFT / width, bottom / height, inner / width, tall / height))
+    for spine in ax.spines.values():
+        spine.set_color("#c3c8d2")
+        spine.set_linewidth(0.6)
+    ax.tick_params(axis="x", length=0, labelbottom=False)
+    image = panel.draw(ax)
+    middle = bottom + tall / 2
+    _text(figure, 0.3, middle, panel.name, size=11 if len(panel.name) < 3 else 9, weight="bold")
+    _text(figure, 0.3, middle - 0.16, panel.note, size=7, color=_PALE)
+    if image is not None:
+        left = width - _RIGHT + _BAR_GAP
+        bar = figure.add_axes((left / width, bottom / height, _BAR / width, tall / height))
+        colours = figure.colorbar(image, cax=bar)
+        low, high = image.get_clim()
+        ticks = [low, 0.0, high] if low < 0 else [low, high]
+        colours.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+        colours.outline.set_visible(False)
+        bar.tick_params(labelsize=6.5, length=2, colors=_PALE)
+    if last:
+        _time_axis(ax, span, inner)
+
+
+def _time_axis(ax: Axes, span: Span, inches: float) -> None:
+    """Letters where there are any and they can be read, else numbers of steps."""
+    letters = span.letters
+    ax.tick_params(axis="x", labelbottom=True, colors=_INK)
+    if letters is not None and len(span) <= _LETTERS_MAX:
+        size = max(3.5, min(9.0, inches * 72 / len(span) * 0.95))
+        ax.set_xticks(
+            range(len(span)), letters, fontsize=size, family="monospace", parse_math=False
+        )
+        return
+    every = max(1, -(-len(span) // 12))
+    at = range(0, len(span), every)
+    ax.set_xticks(at, [str(span.first_step + n) for n in at], fontsize=7)
+    ax.set_xlabel("step", fontsize=7.5, color=_PALE)
+
+
+def _render(figure: Figure) -> bytes:
+    canvas = FigureCanvasAgg(figure)
+    longest = max(figure.get_size_inches())
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        # A label may hold any character, the font not: an empty box is drawn, and that is enough.
+        warnings.filterwarnings("ignore", message=".*Glyph.*missing from", category=UserWarning)
+        figure.set_dpi(min(_DPI, _PIXELS_MAX / longest))
+        canvas.print_png(file)
+    return file.getvalue()
