@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
@@ -31,12 +33,19 @@ _GUESSES_MAX = 14
 _WIDTH, _WIDTH_MAX, _WIDTH_OF_STEP = 11.0, 18.0, 0.115
 _LEFT, _RIGHT, _BAR, _BAR_GAP = 1.25, 0.75, 0.13, 0.12
 _TOP, _BOTTOM = 0.75, 0.25
-_HEADING, _GAP, _AXIS = 0.42, 0.10, 0.55
+_HEADING, _GAP, _AXIS = 0.45, 0.09, 0.32
 _PANEL, _PANEL_MIN, _PANELS_MAX = 1.05, 0.45, 70.0
 
 _DPI, _PIXELS_MAX = 150, 60_000
 _INK, _PALE = "#1f2430", "#7a8294"
 _MISSING = "#d9dce3"
+_SEQUENTIAL = LinearSegmentedColormap.from_list(
+    "shut to open", ("#fbf7ea", "#c9e4c5", "#6bbcae", "#2a7f9e", "#173f6b")
+)
+_DIVERGING = LinearSegmentedColormap.from_list(
+    "below to above", ("#1d4f91", "#6fa3d4", "#f7f5f2", "#e08e6d", "#a62b2f")
+)
+IndexArray = npt.NDArray[np.intp]
 _COLOURS = ("#3b6fb6", "#d1622b", "#3d8f5f", "#a04a9b", "#b3942f", "#3fa7b5", "#7d5a4f", "#6b6f7b")
 
 
@@ -75,7 +84,7 @@ def png(span: Span, title: str) -> bytes:
     Returns:
         The file.
     """
-    return _render(_figure(sections_of(span), span, title))
+    return _render(figure_of(sections_of(span), span, title))
 
 
 def section_pngs(span: Span) -> list[tuple[str, bytes]]:
@@ -90,20 +99,23 @@ def section_pngs(span: Span) -> list[tuple[str, bytes]]:
     made: list[tuple[str, bytes]] = []
     for section in sections_of(span):
         names = ", ".join(panel.name for panel in section.panels)
-        made.append((f"{section.heading}: {names}", _render(_figure([section], span, ""))))
+        made.append((f"{section.heading}: {names}", _render(figure_of([section], span, ""))))
     return made
 
 
 def sections_of(span: Span) -> list[Section]:
     """What there is to draw: inputs and outputs, the attention, and each layer."""
-    sections = [Section("What goes in and what comes out", _in_and_out(span))]
+    heading = "What goes in and what comes out"
+    if span.names.feeds_back and span.probabilities is not None:
+        heading = "What it reads, and what it expects next"
+    sections = [Section(heading, _in_and_out(span))]
     weights = span.trace.attention
     if weights is not None:
         highest = float(np.nanmax(weights, initial=0.0)) or 1.0
         panel = Panel(
             "attention",
             f"{weights.shape[1]} rows",
-            lambda ax: _heat(ax, weights, "cividis", 0.0, highest),
+            lambda ax: _units(ax, weights, _SEQUENTIAL, 0.0, highest),
             share=1.6,
         )
         sections.append(Section("Where it looks", [panel]))
@@ -169,7 +181,7 @@ def _guesses(span: Span, chances: FloatArray) -> Callable[[Axes], AxesImage]:
     chosen = np.sort(np.argsort(chances.max(axis=0))[::-1][:rows])
 
     def draw(ax: Axes) -> AxesImage:
-        image = _heat(ax, chances[:, chosen], "Blues", 0.0, 1.0)
+        image = _heat(ax, chances[:, chosen], _SEQUENTIAL, 0.0, 1.0)
         size = min(7.0, 2.1 * _PANEL * 72 / rows * 0.8)
         ax.set_yticks(
             range(rows), [span.names.output(int(n)) for n in chosen], fontsize=size,
@@ -199,28 +211,60 @@ def _guesses(span: Span, chances: FloatArray) -> Callable[[Axes], AxesImage]:
 def _layer(layer: LayerTrace) -> Section:
     units = max(gate.units for gate in layer)
     heading = f"Layer {layer.layer}: {layer.cell}, {units} units"
-    return Section(heading, [_gate(gate) for gate in layer])
+    # One order for all gates of a size, so that a unit is in the same line in each of them.
+    orders = {gate.units: alike_together(gate.values) for gate in layer if gate.values is not None}
+    if orders:
+        heading += ", those that act alike next to each other"
+    return Section(heading, [_gate(gate, orders.get(gate.units)) for gate in layer])
 
 
-def _gate(gate: GateTrace) -> Panel:
+def _gate(gate: GateTrace, order: IndexArray | None) -> Panel:
     note = LONG_NAMES.get(gate.name, "")
-    values = gate.values
-    if values is None:
+    if gate.values is None or order is None:
         return Panel(gate.name, note, lambda ax: _spread(ax, gate))
+    values = gate.values[:, order]
     scale = scale_of(gate.name, gate.minimum, gate.maximum)
-    colours = "RdBu_r" if scale.diverging else "viridis"
-    return Panel(gate.name, note, lambda ax: _heat(ax, values, colours, scale.low, scale.high))
+    colours = _DIVERGING if scale.diverging else _SEQUENTIAL
+    return Panel(gate.name, note, lambda ax: _units(ax, values, colours, scale.low, scale.high))
 
 
-def _heat(ax: Axes, values: FloatArray, colours: str, low: float, high: float) -> AxesImage:
+def alike_together(values: FloatArray) -> IndexArray:
+    """Orders units so that those whose activations go up and down together are neighbours.
+
+    Each unit is a direction in the plane of the two strongest common movements; they are ordered by
+    its angle.
+
+    Args:
+        values: (K, units); steps with a NaN are left out.
+
+    Returns:
+        The units, each once.
+    """
+    known = values[~np.isnan(values).any(axis=1)].astype(np.float64)
+    moved = known - known.mean(axis=0) if len(known) else known
+    size = np.sqrt((moved**2).sum(axis=0)) if len(known) else np.zeros(values.shape[1])
+    if len(known) < 3 or values.shape[1] < 3 or not size.any():
+        return np.arange(values.shape[1], dtype=np.intp)
+    _, strength, axes = np.linalg.svd(moved / np.where(size > 0, size, 1), full_matrices=False)
+    plane = strength[:2, None] * axes[:2]
+    order: IndexArray = np.argsort(np.arctan2(plane[1], plane[0]), kind="stable")
+    return order
+
+
+def _heat(ax: Axes, values: FloatArray, colours: Colormap, low: float, high: float) -> AxesImage:
     """(K, units) as a heat map, time to the right."""
-    image = ax.imshow(values.T, aspect="auto", cmap=colours, vmin=low, vmax=high)
-    cmap = image.get_cmap().copy()
-    cmap.set_bad(_MISSING)
-    image.set_cmap(cmap)
-    last = values.shape[1] - 1
-    ax.set_yticks(sorted({0, last}))
-    ax.tick_params(axis="y", labelsize=6.5, length=2, colors=_PALE)
+    shown = colours.with_extremes(bad=_MISSING)
+    return ax.imshow(values.T, aspect="auto", cmap=shown, vmin=low, vmax=high)
+
+
+def _units(ax: Axes, values: FloatArray, colours: Colormap, low: float, high: float) -> AxesImage:
+    """A heat map whose axis counts units, or rows of a memory, from 1."""
+    image = _heat(ax, values, colours, low, high)
+    units = values.shape[1]
+    ticks = ax.set_yticks([0, units - 1], ["1", str(units)])
+    for tick, inside in zip(ticks, ("top", "bottom"), strict=True):
+        tick.label1.set_verticalalignment(inside if units > 1 else "center")
+    ax.tick_params(axis="y", labelsize=6.5, length=0, colors=_PALE)
     return image
 
 
@@ -245,8 +289,19 @@ def _spread(ax: Axes, gate: GateTrace) -> None:
 # --- the figure ----------------------------------------------------------------------------------
 
 
-def _figure(sections: Sequence[Section], span: Span, title: str) -> Figure:
-    """Lays panels out from the top, all of one width, in inches."""
+def figure_of(sections: Sequence[Section], span: Span, title: str) -> Figure:
+    """Lays panels out from the top, all of one width, in inches.
+
+    Panels are lower where there are very many, and the picture coarser where it would be too large.
+
+    Args:
+        sections: Of `sections_of`.
+        span: What they show.
+        title: Above them; none if empty.
+
+    Returns:
+        The figure, drawn.
+    """
     shares = sum(panel.share for section in sections for panel in section.panels)
     panel_inches = max(_PANEL_MIN, min(_PANEL, _PANELS_MAX / shares))
     panels = sum(len(section.panels) for section in sections)
@@ -254,7 +309,8 @@ def _figure(sections: Sequence[Section], span: Span, title: str) -> Figure:
     height = top + _BOTTOM + shares * panel_inches + panels * _GAP
     height += len(sections) * (_HEADING + _AXIS)
     width = min(_WIDTH_MAX, max(_WIDTH, _LEFT + _RIGHT + len(span) * _WIDTH_OF_STEP))
-    figure = Figure(figsize=(width, height), facecolor="white")
+    dpi = min(_DPI, _PIXELS_MAX / max(width, height))
+    figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
     if title:
         _text(figure, 0.3, height - 0.36, title, size=14, weight="bold")
         _text(figure, 0.3, height - 0.60, _subtitle(span), size=9, color=_PALE)
@@ -340,11 +396,9 @@ def _time_axis(ax: Axes, span: Span, inches: float) -> None:
 
 def _render(figure: Figure) -> bytes:
     canvas = FigureCanvasAgg(figure)
-    longest = max(figure.get_size_inches())
     file = io.BytesIO()
     with warnings.catch_warnings():
         # A label may hold any character, the font not: an empty box is drawn, and that is enough.
         warnings.filterwarnings("ignore", message=".*Glyph.*missing from", category=UserWarning)
-        figure.set_dpi(min(_DPI, _PIXELS_MAX / longest))
         canvas.print_png(file)
     return file.getvalue()

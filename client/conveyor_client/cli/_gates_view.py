@@ -1,7 +1,8 @@
 """Gates in a terminal: a strip of colour for each gate, a column for each step, the newest right.
 
-Two bands of units share one character, the upper half block, whose two colours are theirs. Without
-colours a character is one band, and its shade the value.
+There are more units than lines, so a few are shown, evenly spaced; the figures beside them are of
+all. Two units share one character, the upper half block, whose two colours are theirs. Without
+colours a character is one unit, and its shade the value, or its sign where it goes below 0.
 """
 
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from conveyor_client._trace import GateTrace
 from conveyor_client.cli._recording import Recording, Span
 from conveyor_client.cli._scales import LONG_NAMES, Scale, scale_of
 
-_SHADES = " ░▒▓█"
+_SHADES, _SIGNS = " ░▒▓█", "=- +#"
 _GAP = "·"
 _LEVELS = 48
 _ROWS_MAX = 4
@@ -148,7 +149,7 @@ def _gate(gate: GateTrace, columns: _Columns, rows: int, coloured: bool) -> Iter
     if gate.values is None:
         bands, rows = gate.mean[None, :], 1
     else:
-        bands = _bands(gate.values, rows * (2 if coloured else 1))
+        bands = _some_units(gate.values, rows * (2 if coloured else 1))
     placed = scale.place(bands)
     drawn = _strip(placed, rows, scale, columns.strip, coloured)
     figures = f"{gate.mean[-1]:7.2f}{gate.share_low[-1]:6.0%}{gate.share_high[-1]:6.0%}"
@@ -162,7 +163,7 @@ def _attention(span: Span, columns: _Columns, rows: int, coloured: bool) -> Iter
     weights = span.trace.attention
     assert weights is not None, "only drawn where there is one"
     yield [Segment(f"attention over {weights.shape[1]} rows", _BOLD)]
-    bands = _bands(weights, rows * (2 if coloured else 1), most=True)
+    bands = _most_of_rows(weights, rows * (2 if coloured else 1))
     highest = float(np.nanmax(bands, initial=0.0)) or 1.0
     scale = Scale(0.0, highest, diverging=False)
     now = weights[-1]
@@ -173,19 +174,20 @@ def _attention(span: Span, columns: _Columns, rows: int, coloured: bool) -> Iter
         yield [label, *line, *tail]
 
 
-def _bands(values: FloatArray, bands: int, *, most: bool = False) -> FloatArray:
-    """Units in bands, top first: the mean of each, or the most; (bands, K).
-
-    Where there are fewer units than bands, units are repeated.
-    """
+def _some_units(values: FloatArray, bands: int) -> FloatArray:
+    """So many units, evenly spaced, first ones on top; (bands, K). Few units are repeated."""
     units = values.shape[1]
-    bands_made = min(bands, units)
-    edges = np.arange(bands_made + 1) * units // bands_made
-    if most:
-        made: FloatArray = np.maximum.reduceat(values, edges[:-1], axis=1)
-    else:
-        made = np.add.reduceat(values, edges[:-1], axis=1) / np.diff(edges).astype(np.float32)
-    return made.T[np.arange(bands) * bands_made // bands]
+    middles = (2 * np.arange(bands) + 1) * units // (2 * bands)
+    return values.T[middles]
+
+
+def _most_of_rows(weights: FloatArray, bands: int) -> FloatArray:
+    """A memory's rows in so many bands, of each the most; (bands, K). Few rows are repeated."""
+    rows = weights.shape[1]
+    made = min(bands, rows)
+    edges = np.arange(made) * rows // made
+    most: FloatArray = np.maximum.reduceat(weights, edges, axis=1)
+    return most.T[np.arange(bands) * made // bands]
 
 
 def _strip(
@@ -194,7 +196,9 @@ def _strip(
     """Lines of segments, right-aligned, from (bands, K) values between 0 and 1."""
     pad = Segment(" " * (width - placed.shape[1]))
     if not coloured:
-        return [[pad, Segment("".join(map(_shade, band.tolist())))] for band in placed[:rows]]
+        scheme = _SIGNS if scale.diverging else _SHADES
+        shades = ["".join(_shade(value, scheme) for value in band.tolist()) for band in placed]
+        return [[pad, Segment(line)] for line in shades[:rows]]
     if len(placed) < 2 * rows:  # one band for a whole character
         placed = np.repeat(placed, 2, axis=0)
     levels = np.where(np.isnan(placed), -1, np.rint(placed * (_LEVELS - 1))).astype(int)
@@ -206,8 +210,8 @@ def _strip(
     return lines
 
 
-def _shade(value: float) -> str:
-    return _GAP if np.isnan(value) else _SHADES[min(int(value * len(_SHADES)), len(_SHADES) - 1)]
+def _shade(value: float, scheme: str) -> str:
+    return _GAP if np.isnan(value) else scheme[min(int(value * len(scheme)), len(scheme) - 1)]
 
 
 @lru_cache(maxsize=2 * (_LEVELS + 1) ** 2)
