@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
+from conveyor_client.cli._common import fail
+
 MEMORY_FILE_BYTES_MAX = 256 * 1024 * 1024
 
 MemoryFile = Annotated[
@@ -23,6 +25,16 @@ MemoryFile = Annotated[
 
 class MemoryRefused(Exception):
     """The file holds no memory; the message names it."""
+
+
+def memory_from(file: Path | None) -> npt.NDArray[np.generic] | None:
+    """Reads what the option names; a file that holds no memory ends the command."""
+    if file is None:
+        return None
+    try:
+        return read_memory(file)
+    except (MemoryRefused, OSError) as error:
+        fail(str(error))
 
 
 def read_memory(file: Path) -> npt.NDArray[np.generic]:

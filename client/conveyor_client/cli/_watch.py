@@ -36,7 +36,7 @@ from conveyor_client.cli._common import (
 from conveyor_client.cli._feeding import Feed, FeedRefused, Lines, Pace, Text
 from conveyor_client.cli._gates_lines import LEGEND, line_of
 from conveyor_client.cli._gates_view import GatesView
-from conveyor_client.cli._memory import MemoryFile, MemoryRefused, read_memory
+from conveyor_client.cli._memory import MemoryFile, memory_from
 from conveyor_client.cli._recording import Recording, Seen
 from conveyor_client.cli._source import RowsRefused, Source
 
@@ -134,7 +134,7 @@ def watch(
                 show = stack.enter_context((_drawn if live else _printed)(watched[0], console))
                 mode: TraceMode = "summary" if summary else "full"
                 await _drive(watched[0], feed, pace, mode, limit, show)
-        except (RowsRefused, FeedRefused, MemoryRefused) as error:
+        except (RowsRefused, FeedRefused) as error:
             fail(str(error))
 
     try:
@@ -169,8 +169,7 @@ async def _open(
         except ModelNotFound:
             is_session = True
     if not is_session:
-        rows = None if memory is None else read_memory(memory)
-        async with client.session(name, memory=rows) as session:
+        async with client.session(name, memory=memory_from(memory)) as session:
             yield session
         return
     if memory is not None:

@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -244,6 +245,7 @@ def test_in_a_terminal_the_view_is_drawn(threaded_server: FakeServer) -> None:
     assert "▀" in text
     assert "\x1b[38;5;" in text or "\x1b[38;2;" in text
     assert "\x1b[?25h" in text  # the cursor is back
+    await_end_of_streams(threaded_server)
 
 
 def test_an_interrupt_leaves_a_picture(threaded_server: FakeServer, tmp_path: Path) -> None:
@@ -266,6 +268,15 @@ def test_an_interrupt_leaves_a_picture(threaded_server: FakeServer, tmp_path: Pa
     assert errors == f"wrote {html}\n"
     assert "steps 1 to 2" in html.read_text(encoding="utf-8")
     assert not threaded_server.world.sessions
+    await_end_of_streams(threaded_server)
+
+
+def await_end_of_streams(server: FakeServer) -> None:
+    """Waits until the server has seen that the other process is gone."""
+    give_up_at = time.monotonic() + 10
+    while server.streams:
+        assert time.monotonic() < give_up_at
+        time.sleep(0.005)
 
 
 def _read(descriptor: int) -> bytes:
