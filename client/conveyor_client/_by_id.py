@@ -24,7 +24,7 @@ from conveyor_client._nouns import (
 )
 from conveyor_client._requests import make_open_request
 from conveyor_client._rows import RowCodec, pack_memory
-from conveyor_client._trace import StepResult, TracePiece, trace_from_pieces
+from conveyor_client._trace import StepResult, Trace, pieces_of, trace_from_pieces
 
 _MODELS_CACHED_MAX = 256
 
@@ -147,7 +147,7 @@ class ById:
             first_step=response.first_step,
             durable_step=response.durable_step,
             duplicate=response.duplicate,
-            trace=trace_from_pieces(first_step, [_piece(response)]) if trace else None,
+            trace=_trace_of(response) if trace else None,
         )
 
     async def get_session(
@@ -379,5 +379,6 @@ class ById:
         return model
 
 
-def _piece(response: session_pb2.StepResponse) -> TracePiece:
-    return TracePiece(response.length, response.trace if response.HasField("trace") else None)
+def _trace_of(response: session_pb2.StepResponse) -> Trace:
+    trace = response.trace if response.HasField("trace") else None
+    return trace_from_pieces(response.first_step, pieces_of(response.length, trace))

@@ -212,6 +212,28 @@ def trace_from_pieces(first_step: int, pieces: Sequence[TracePiece]) -> Trace:
     return Trace.joined(traces)
 
 
+def pieces_of(length: int, trace: session_pb2.Trace | None) -> list[TracePiece]:
+    """Cuts the answer to a whole chunk where its trace begins.
+
+    What is answered from the server's memory comes before what ran.
+
+    Args:
+        length: Steps of the chunk.
+        trace: Of the last of them; None if it has none.
+
+    Returns:
+        The pieces for `trace_from_pieces`.
+    """
+    gates = trace.layers[0].gates if trace is not None and trace.layers else ()
+    if not gates:
+        return [TracePiece(length, None)]
+    row_bytes = 4 * max(gates[0].units, 1)
+    traced = len(gates[0].summaries) or len(gates[0].values) // row_bytes
+    if traced >= length:
+        return [TracePiece(length, trace)]
+    return [TracePiece(length - traced, None), TracePiece(traced, trace)]
+
+
 def _structure(trace: Trace) -> tuple[object, ...]:
     gates = [(gate.name, gate.units) for layer in trace.layers for gate in layer]
     columns = None if trace.attention is None else trace.attention.shape[1]

@@ -7,7 +7,7 @@ from html import escape
 import numpy as np
 
 from conveyor_client._trace import GateTrace
-from conveyor_client.cli._gates_picture import section_pngs
+from conveyor_client.cli._gates_picture import Grid, section_pngs
 from conveyor_client.cli._recording import Span
 from conveyor_client.cli._scales import LONG_NAMES
 
@@ -27,12 +27,13 @@ th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
 """
 
 
-def page(span: Span, title: str) -> str:
+def page(span: Span, title: str, grid: Grid | None = None) -> str:
     """Writes the page.
 
     Args:
         span: What was watched, at least one step.
         title: Its title.
+        grid: Lines and columns of the image whose patches are the memory's rows, if they are.
 
     Returns:
         HTML, self-contained.
@@ -48,7 +49,7 @@ def page(span: Span, title: str) -> str:
     if span.letters is not None:
         text = "".join(_as_read(span))
         parts.append(f"<h2>Read</h2><pre>{escape(text)}</pre>")
-    for words, data in section_pngs(span):
+    for words, data in section_pngs(span, grid):
         source = base64.b64encode(data).decode("ascii")
         parts.append(f'<img alt="{escape(words)}" src="data:image/png;base64,{source}">')
     parts += ["<h2>Gates</h2>", _table(span), "</body></html>\n"]

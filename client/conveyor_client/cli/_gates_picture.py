@@ -28,6 +28,7 @@ from conveyor_client.cli._scales import LONG_NAMES, scale_of
 _LETTERS_MAX = 160  # beyond it they are too small to read
 _LINES_MAX = 8
 _GUESSES_MAX = 14
+_TILES_MAX = 60
 
 # Inches.
 _WIDTH, _WIDTH_MAX, _WIDTH_OF_STEP = 11.0, 18.0, 0.115
@@ -45,6 +46,7 @@ _SEQUENTIAL = LinearSegmentedColormap.from_list(
 _DIVERGING = LinearSegmentedColormap.from_list(
     "below to above", ("#1d4f91", "#6fa3d4", "#f7f5f2", "#e08e6d", "#a62b2f")
 )
+Grid = tuple[int, int]
 IndexArray = npt.NDArray[np.intp]
 _COLOURS = ("#3b6fb6", "#d1622b", "#3d8f5f", "#a04a9b", "#b3942f", "#3fa7b5", "#7d5a4f", "#6b6f7b")
 
@@ -74,52 +76,87 @@ class Section:
     panels: Sequence[Panel]
 
 
-def png(span: Span, title: str) -> bytes:
+def png(span: Span, title: str, grid: Grid | None = None) -> bytes:
     """Draws everything into one picture.
 
     Args:
         span: What was watched, at least one step.
         title: Its title.
+        grid: Lines and columns of the image whose patches are the memory's rows, if they are.
 
     Returns:
         The file.
     """
-    return _render(figure_of(sections_of(span), span, title))
+    return _render(figure_of(sections_of(span, grid), span, title))
 
 
-def section_pngs(span: Span) -> list[tuple[str, bytes]]:
+def section_pngs(span: Span, grid: Grid | None = None) -> list[tuple[str, bytes]]:
     """Draws each section into a picture of its own.
 
     Args:
         span: What was watched, at least one step.
+        grid: As for `png`.
 
     Returns:
         For each section what it shows, in words, and the file.
     """
     made: list[tuple[str, bytes]] = []
-    for section in sections_of(span):
+    for section in sections_of(span, grid):
         names = ", ".join(panel.name for panel in section.panels)
         made.append((f"{section.heading}: {names}", _render(figure_of([section], span, ""))))
     return made
 
 
-def sections_of(span: Span) -> list[Section]:
+def sections_of(span: Span, grid: Grid | None = None) -> list[Section]:
     """What there is to draw: inputs and outputs, the attention, and each layer."""
     heading = "What goes in and what comes out"
     if span.names.feeds_back and span.probabilities is not None:
         heading = "What it reads, and what it expects next"
     sections = [Section(heading, _in_and_out(span))]
-    weights = span.trace.attention
-    if weights is not None:
-        highest = float(np.nanmax(weights, initial=0.0)) or 1.0
-        panel = Panel(
-            "attention",
-            f"{weights.shape[1]} rows",
-            lambda ax: _units(ax, weights, _SEQUENTIAL, 0.0, highest),
-            share=1.6,
-        )
-        sections.append(Section("Where it looks", [panel]))
+    if span.trace.attention is not None:
+        sections.append(Section("Where it looks", _attention(span.trace.attention, grid)))
     return sections + [_layer(layer) for layer in span.trace.layers]
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+def _attention(weights: FloatArray, grid: Grid | None) -> list[Panel]:
+    highest = float(np.nanmax(weights, initial=0.0)) or 1.0
+    panel = Panel(
+        "attention",
+        f"{weights.shape[1]} rows",
+        lambda ax: _units(ax, weights, _SEQUENTIAL, 0.0, highest),
+        share=1.6,
+    )
+    steps = len(weights)
+    if grid is None or grid[0] * grid[1] != weights.shape[1] or steps > _TILES_MAX:
+        return [panel]
+    wide = (_WIDTH - _LEFT - _RIGHT) / steps  # of a step, in inches
+    share = min(max(wide * grid[0] / grid[1] / _PANEL, 0.4), 1.6)
+    draw = _tiles(weights, grid, highest)
+    return [Panel("patches", f"{grid[0]} by {grid[1]}", draw, share), panel]
+
+
+def _tiles(weights: FloatArray, grid: Grid, highest: float) -> Callable[[Axes], AxesImage]:
+    """The weights as an image for each step, each above its place on the axis of time."""
+    lines, columns = grid
+    tiles = weights.reshape(-1, lines, columns)
+    # Between tiles an empty column, made of four so that it is thinner than a patch.
+    fine = np.repeat(tiles, 4, axis=2)
+    spaced = np.pad(fine, ((0, 0), (0, 0), (1, 1)), constant_values=np.nan)
+    image = spaced.transpose(1, 0, 2).reshape(lines, -1)
+
+    def draw(ax: Axes) -> AxesImage:
+        ends = (-0.5, len(weights) - 0.5, lines - 0.5, -0.5)
+        shown = _SEQUENTIAL.with_extremes(bad="white")
+        ax.set_yticks([])
+        return ax.imshow(
+            image, aspect="auto", cmap=shown, vmin=0.0, vmax=highest, extent=ends,
+            interpolation="nearest",
+        )  # fmt: skip
+
+    return draw
 
 
 # --- inputs and outputs --------------------------------------------------------------------------
@@ -372,6 +409,11 @@ def _panel(
         low, high = image.get_clim()
         ticks = [low, 0.0, high] if low < 0 else [low, high]
         colours.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+        for label in bar.get_yticklabels():  # inside, lest they run into the next panel's
+            at = label.get_position()[1]
+            label.set_verticalalignment(
+                "bottom" if at == low else "top" if at == high else "center"
+            )
         colours.outline.set_visible(False)
         bar.tick_params(labelsize=6.5, length=2, colors=_PALE)
     if last:

@@ -1,5 +1,6 @@
 """``conveyor watch``: the gates of a session as they move, and pictures of them."""
 
+import re
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -96,6 +97,13 @@ def watch(
     ] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page.")] = None,
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture.")] = None,
+    grid: Annotated[
+        str,
+        typer.Option(
+            metavar="LINESxCOLUMNS",
+            help="The memory's rows are patches of an image: draw where it looks as one.",
+        ),
+    ] = "",
     target: Target = DEFAULT_TARGET,
     token: Token = None,
     timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
@@ -114,7 +122,8 @@ def watch(
     """
     if (text != "") + (prompt != "") + (csv != "-") > 1:
         fail("--csv, --text and --prompt exclude each other")
-    write = _pictures(html, png)
+    shape = _grid(grid)
+    write = _pictures(html, png, shape)
     inputs = _Inputs(csv, text, prompt, temperature, seed)
     limit = steps or (_PROMPTED_STEPS if prompt else 0)
     console = Console(highlight=False)
@@ -129,6 +138,7 @@ def watch(
                     Connection(target, token, timeout).client()
                 )
                 opened = await stack.enter_async_context(_open(client, name, session, memory))
+                await _check_grid(opened, shape)
                 feed = inputs.feed(opened.model, stack)
                 watched.append(_Watched(opened, Recording(opened.model)))
                 show = stack.enter_context((_drawn if live else _printed)(watched[0], console))
@@ -191,6 +201,23 @@ async def _open(
     say(f"session {name} is at step {session.applied_step}")
 
 
+def _grid(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    found = re.fullmatch(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})", text)
+    if found is None:
+        fail(f"--grid {text}: expected lines and columns, such as 4x4")
+    return int(found[1]), int(found[2])
+
+
+async def _check_grid(session: Session, grid: tuple[int, int] | None) -> None:
+    if grid is None:
+        return
+    rows = (await session.info()).memory_rows
+    if grid[0] * grid[1] != rows:
+        fail(f"--grid {grid[0]}x{grid[1]}: the memory has {rows} rows")
+
+
 async def _drive(
     watched: _Watched,
     feed: Feed,
@@ -244,7 +271,9 @@ def _printed(watched: _Watched, console: Console) -> Generator[Callable[[], None
     yield show
 
 
-def _pictures(html: Path | None, png: Path | None) -> Callable[[_Watched], None]:
+def _pictures(
+    html: Path | None, png: Path | None, grid: tuple[int, int] | None
+) -> Callable[[_Watched], None]:
     """Makes what writes the pictures that were asked for; fails now if nothing can draw them."""
     if html is None and png is None:
         return lambda watched: None
@@ -259,10 +288,10 @@ def _pictures(html: Path | None, png: Path | None) -> Callable[[_Watched], None]
         span = watched.recording.whole()
         try:
             if png is not None:
-                png.write_bytes(_gates_picture.png(span, watched.title))
+                png.write_bytes(_gates_picture.png(span, watched.title, grid))
                 say(f"wrote {png}")
             if html is not None:
-                html.write_text(_gates_page.page(span, watched.title), encoding="utf-8")
+                html.write_text(_gates_page.page(span, watched.title, grid), encoding="utf-8")
                 say(f"wrote {html}")
         except OSError as error:
             fail(str(error))

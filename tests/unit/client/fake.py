@@ -460,10 +460,12 @@ class FakeServer(session_pb2_grpc.SessionServiceServicer, model_pb2_grpc.ModelSe
     async def Step(self, request: Any, context: Any) -> Any:
         def action() -> Any:
             state = self.world.find(request.session_id)
+            first_new = max(request.first_step, state.applied + 1)
             rows, duplicate = run_rows(state, request.first_step, request.length, request.rows)
+            ran = request.first_step + request.length - first_new
             trace = None
-            if request.trace and not duplicate:
-                trace = make_trace(state, request.trace, request.first_step, request.length)
+            if request.trace and ran > 0:
+                trace = make_trace(state, request.trace, first_new, ran)
             return session_pb2.StepResponse(
                 first_step=request.first_step,
                 length=request.length,

@@ -18,7 +18,7 @@ from conveyor_client.cli._gates_picture import (
     sections_of,
 )
 from conveyor_client.cli._recording import Recording
-from tests.unit.client.fake import gate_values
+from tests.unit.client.fake import attention_weights, gate_values
 from tests.unit.client.recordings import COUNTER, LOOKER, SUMMARY, record, speller
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -141,6 +141,25 @@ def test_the_pixels_are_the_values() -> None:
     order = alike_together(hidden)
     assert sorted(order.tolist()) == list(range(5))
     np.testing.assert_array_equal(shown, gate_values(1, "f", 1, 30, 5).T[order])
+
+
+def test_each_step_has_its_tile() -> None:
+    from matplotlib.figure import Figure
+
+    span = record(LOOKER, 4, gaps=(2,)).whole()
+    tiles, _ = sections_of(span, (2, 3))[1].panels
+    image = tiles.draw(Figure().add_subplot())
+    assert image is not None
+    shown = np.asarray(image.get_array())
+    assert shown.shape == (2, 4 * (3 * 4 + 2))
+    for step, tile in enumerate(np.split(shown, 4, axis=1)):
+        assert np.isnan(tile[:, [0, -1]]).all()
+        weights = attention_weights(step + 1, 1, 6).reshape(2, 3)
+        expected = np.full((2, 3), np.nan) if step == 1 else weights
+        np.testing.assert_array_equal(tile[:, 1:-1:4], expected)
+        np.testing.assert_array_equal(tile[:, 4:-1:4], expected)
+    for grid, steps in (((3, 3), 4), ((2, 3), 61)):
+        assert len(sections_of(record(LOOKER, steps).whole(), grid)[1].panels) == 1
 
 
 def test_units_that_act_alike_are_neighbours() -> None:

@@ -6,6 +6,7 @@ import pytest
 import conveyor_client
 from conveyor.v1 import session_pb2
 from conveyor_client import InvalidShape, NotSupported, ServerError, Trace, aio
+from conveyor_client._nouns import TraceMode
 from conveyor_client._trace import TracePiece, trace_from_pieces
 from tests.unit.client.conftest import QUICK
 from tests.unit.client.fake import (
@@ -130,6 +131,22 @@ async def test_a_unary_step_is_traced_too(client: aio.Client) -> None:
     assert again.trace is not None
     assert again.trace.covered.tolist() == [False]
     assert not again.trace.layers
+
+
+@pytest.mark.parametrize("mode", ["full", "summary"])
+async def test_a_unary_step_answered_in_part_from_memory_has_the_trace_of_its_rest(
+    client: aio.Client, mode: TraceMode
+) -> None:
+    await client.open_session("looker", session_id="one", memory=MEMORY)
+    await client.step("one", np.ones((3, 2)), first_step=1)
+    result = await client.step("one", np.ones((5, 2)), first_step=1, trace=mode)
+    assert result.duplicate
+    assert result.trace is not None
+    assert result.trace.covered.tolist() == [False] * 3 + [True] * 2
+    for layer in result.trace.layers:
+        for gate in layer:
+            expected = gate_values(layer.layer, gate.name, 4, 2, gate.units).mean(axis=1)
+            np.testing.assert_allclose(gate.mean[3:], expected, rtol=1e-6)
 
 
 def test_the_blocking_twin_traces_alike(threaded_server: FakeServer) -> None:

@@ -178,6 +178,23 @@ def test_pictures_are_written_of_what_was_watched(watch, tmp_path: Path) -> None
     assert "steps 1 to 4, 4 with a trace" in page
 
 
+def test_patches_are_drawn_as_an_image(watch, tmp_path: Path) -> None:
+    memory, html = tmp_path / "m.csv", tmp_path / "gates.html"
+    memory.write_text("1,2,3\n" * 6)
+    options = ("--memory", str(memory), "--html", str(html))
+    watch("looker", *options, "--grid", "2x3", stdin="1,1\n2,2\n")
+    assert 'alt="Where it looks: patches, attention"' in html.read_text(encoding="utf-8")
+    watch("looker", *options, stdin="1,1\n2,2\n")
+    assert 'alt="Where it looks: attention"' in html.read_text(encoding="utf-8")
+    for grid, message in {
+        "2x2": "--grid 2x2: the memory has 6 rows",
+        "six": "--grid six: expected lines and columns, such as 4x4",
+        "0x6": "--grid 0x6: expected lines and columns, such as 4x4",
+    }.items():
+        result = watch("looker", *options, "--grid", grid, stdin="1,1\n", status=1)
+        assert result.stderr == f"error: {message}\n"
+
+
 def test_a_bad_row_ends_the_watching_and_the_picture_shows_the_rows_before(
     watch, tmp_path: Path
 ) -> None:
