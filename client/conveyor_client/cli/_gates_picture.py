@@ -27,6 +27,8 @@ from conveyor_client.cli._scales import LONG_NAMES, scale_of
 
 _LETTERS_MAX = 160  # beyond it they are too small to read
 _LINES_MAX = 8
+_NAME_MAX = 24
+_RANGES_MAX = 5.0
 _GUESSES_MAX = 14
 _TILES_MAX = 60
 
@@ -34,7 +36,7 @@ _TILES_MAX = 60
 _WIDTH, _WIDTH_MAX, _WIDTH_OF_STEP = 11.0, 18.0, 0.115
 _LEFT, _RIGHT, _BAR, _BAR_GAP = 1.25, 0.75, 0.13, 0.12
 _TOP, _BOTTOM = 0.75, 0.25
-_HEADING, _GAP, _AXIS = 0.45, 0.09, 0.32
+_HEADING, _GAP, _AXIS, _LEGEND = 0.45, 0.09, 0.32, 0.18
 _PANEL, _PANEL_MIN, _PANELS_MAX = 1.05, 0.45, 70.0
 
 _DPI, _PIXELS_MAX = 150, 60_000
@@ -60,12 +62,14 @@ class Panel:
         note: And below that, small.
         draw: Draws it; returns what the colour bar explains, if anything.
         share: Its height, in panels.
+        above: Inches left free above it.
     """
 
     name: str
     note: str
     draw: Callable[[Axes], AxesImage | None]
     share: float = 1.0
+    above: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +171,11 @@ def _in_and_out(span: Span) -> list[Panel]:
     if span.letters is None:
         names = span.names.inputs or [str(n) for n in range(span.inputs.shape[1])]
         inputs = np.asarray(span.inputs, np.float32)
-        panels.append(Panel("inputs", _scaled_note(inputs), _lines(inputs, names)))
+        panels.append(_lines_panel("inputs", inputs, names))
     chances = span.probabilities
     if chances is None:
         names = span.names.outputs or [str(n) for n in range(span.outputs.shape[1])]
-        panels.append(Panel("outputs", _scaled_note(span.outputs), _lines(span.outputs, names)))
+        panels.append(_lines_panel("outputs", span.outputs, names))
     else:
         panels.append(Panel("outputs", "likeliest", _guesses(span, chances), share=2.0))
     return panels
@@ -187,10 +191,10 @@ def _lines(rows: FloatArray, names: Sequence[str]) -> Callable[[Axes], None]:
             shown = (shown - low) / np.where(high > low, high - low, 1)
         at = np.arange(len(rows))
         for n in range(shown.shape[1]):
-            ax.plot(at, shown[:, n], color=_COLOURS[n], linewidth=1.3, label=names[n])
+            ax.plot(at, shown[:, n], color=_COLOURS[n], linewidth=1.3, label=_short(names[n]))
         legend = ax.legend(
-            loc="upper left", bbox_to_anchor=(1.005, 1.02), frameon=False, fontsize=6.5,
-            handlelength=1.0, handletextpad=0.4, labelspacing=0.25, borderaxespad=0,
+            loc="lower left", bbox_to_anchor=(-0.005, 0.98), ncols=_LINES_MAX, frameon=False,
+            fontsize=7, handlelength=1.1, handletextpad=0.4, columnspacing=1.4, borderaxespad=0,
         )  # fmt: skip
         for text in legend.get_texts():
             text.set_parse_math(False)
@@ -201,15 +205,20 @@ def _lines(rows: FloatArray, names: Sequence[str]) -> Callable[[Axes], None]:
     return draw
 
 
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME_MAX else name[: _NAME_MAX - 1] + "…"
+
+
 def _ranges_differ(rows: FloatArray) -> bool:
     ranges = np.ptp(rows[:, :_LINES_MAX], axis=0)
     ranges = ranges[ranges > 0]
-    return bool(len(ranges)) and float(ranges.max() / ranges.min()) > 20
+    return bool(len(ranges)) and float(ranges.max() / ranges.min()) > _RANGES_MAX
 
 
-def _scaled_note(rows: FloatArray) -> str:
+def _lines_panel(title: str, rows: FloatArray, names: Sequence[str]) -> Panel:
     more = f"first {_LINES_MAX} of {rows.shape[1]}" if rows.shape[1] > _LINES_MAX else ""
-    return more or ("each in its range" if _ranges_differ(rows) else "")
+    note = more or ("each in its range" if _ranges_differ(rows) else "")
+    return Panel(title, note, _lines(rows, names), above=_LEGEND)
 
 
 def _guesses(span: Span, chances: FloatArray) -> Callable[[Axes], AxesImage]:
@@ -341,9 +350,9 @@ def figure_of(sections: Sequence[Section], span: Span, title: str) -> Figure:
     """
     shares = sum(panel.share for section in sections for panel in section.panels)
     panel_inches = max(_PANEL_MIN, min(_PANEL, _PANELS_MAX / shares))
-    panels = sum(len(section.panels) for section in sections)
+    gaps = sum(_GAP + panel.above for section in sections for panel in section.panels)
     top = _TOP if title else 0.1
-    height = top + _BOTTOM + shares * panel_inches + panels * _GAP
+    height = top + _BOTTOM + shares * panel_inches + gaps
     height += len(sections) * (_HEADING + _AXIS)
     width = min(_WIDTH_MAX, max(_WIDTH, _LEFT + _RIGHT + len(span) * _WIDTH_OF_STEP))
     dpi = min(_DPI, _PIXELS_MAX / max(width, height))
@@ -356,7 +365,7 @@ def figure_of(sections: Sequence[Section], span: Span, title: str) -> Figure:
         at -= _HEADING
         _text(figure, 0.3, at + 0.13, section.heading, size=10.5, weight="bold")
         for panel in section.panels:
-            at -= panel.share * panel_inches
+            at -= panel.above + panel.share * panel_inches
             last = panel is section.panels[-1]
             _panel(figure, panel, span, (at, panel.share * panel_inches), last=last)
             at -= _GAP
@@ -408,7 +417,9 @@ def _panel(
         colours = figure.colorbar(image, cax=bar)
         low, high = image.get_clim()
         ticks = [low, 0.0, high] if low < 0 else [low, high]
-        colours.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+        colours.set_ticks(
+            ticks, labels=[f"{tick:.{2 if abs(tick) < 100 else 3}g}" for tick in ticks]
+        )
         for label in bar.get_yticklabels():  # inside, lest they run into the next panel's
             at = label.get_position()[1]
             label.set_verticalalignment(
