@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,20 @@ import torch
 
 from conveyor_client import Client, Trace
 from conveyor_models import load_bundle
+from conveyor_models.attention import attend
 from conveyor_models.cells import LstmCarry, LstmWeights, traced_lstm_cell
-from conveyor_models.network import cell_weights, layer_tensors
+from conveyor_models.network import attention_weights, cell_weights, layer_tensors
+from tests.integration.bundles import add_model
 from tests.integration.conftest import ZOO, StartServer
 from tests.integration.process import ServerProcess, command_environment
 
+LOOKER: dict[str, Any] = {
+    "input": {"kind": "features", "size": 2},
+    "attention": {"memory_size": 3, "size": 8, "gate": True, "head": True},
+    "layers": [{"cell": "gru", "size": 5, "reset": "after"}, {"cell": "rnn", "size": 7}],
+    "head": {"size": 2},
+}
+"""Looks at six rows of three numbers."""
 TEXT = "The server returns a list of values. "
 Gates = list[dict[str, np.ndarray]]
 
@@ -168,6 +178,43 @@ def test_a_text_is_watched_and_drawn(server: ServerProcess, client: Client, tmp_
     width, height = struct.unpack(">II", data[16:24])
     assert width > 1000
     assert height > 2000
+
+
+def test_where_a_model_looks_is_watched_and_drawn(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    bundle = add_model(tmp_path, "looker", LOOKER)
+    memory = np.random.default_rng(5).standard_normal((6, 3)).astype(np.float32)
+    inputs = np.random.default_rng(6).standard_normal((9, 2)).astype(np.float32)
+    network = bundle.network(torch.float64)
+    rows = network.memory(torch.from_numpy(memory)[None])
+    assert bundle.spec.attention is not None
+    attention = attention_weights(
+        bundle.spec.attention, {name: each.double() for name, each in bundle.weights.items()}
+    )
+    carry, expected = network.initial_carry(1), []
+    for row in inputs:
+        expected.append(attend(attention, rows, carry[-1].h)[1][0].numpy())
+        carry, _ = network.step(carry, torch.from_numpy(row)[None].double(), rows)
+    server = start_server(models=tmp_path)
+    with Client(server.address) as client, client.session("looker", memory=memory) as session:
+        _, trace = session.step_with_trace(inputs, mode="full")
+        assert session.info().memory_rows == 6
+    assert [list(layer.gates) for layer in trace.layers] == [list("rznh"), ["h"]]
+    assert trace.attention is not None
+    np.testing.assert_allclose(trace.attention, np.stack(expected), atol=1e-5)
+    file, html = tmp_path / "memory.npy", tmp_path / "gates.html"
+    np.save(file, memory)
+    lines = "".join(f"{left},{right}\n" for left, right in inputs.tolist())
+    options = ("--memory", str(file), "--grid", "2x3", "--html", str(html))
+    done = watch(server, "looker", *options, stdin=lines)
+    looked = [int(np.argmax(weights)) for weights in expected]
+    assert [
+        f"  looks at row {row} (" in line
+        for row, line in zip(looked, done.stdout.splitlines()[2:], strict=True)
+    ] == [True] * 9
+    assert _Texts(html.read_text(encoding="utf-8")).pictures == 4
+    assert "INVALID_MEMORY" in watch(server, "looker", stdin=lines, status=1).stderr
 
 
 def test_a_model_goes_on_by_itself(server: ServerProcess) -> None:

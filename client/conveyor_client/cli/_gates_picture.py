@@ -217,7 +217,7 @@ def _ranges_differ(rows: FloatArray) -> bool:
 
 def _lines_panel(title: str, rows: FloatArray, names: Sequence[str]) -> Panel:
     more = f"first {_LINES_MAX} of {rows.shape[1]}" if rows.shape[1] > _LINES_MAX else ""
-    note = more or ("each in its range" if _ranges_differ(rows) else "")
+    note = more or ("own ranges" if _ranges_differ(rows) else "")
     return Panel(title, note, _lines(rows, names), above=_LEGEND)
 
 

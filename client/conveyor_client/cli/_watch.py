@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.live import Live
 
 from conveyor_client._client import Client
-from conveyor_client._errors import ConveyorError, ModelNotFound, SessionNotFound
+from conveyor_client._errors import ConveyorError, InvalidInput, ModelNotFound, SessionNotFound
 from conveyor_client._nouns import ModelInfo, TraceMode
 from conveyor_client._session import Session
 from conveyor_client.cli._common import (
@@ -176,7 +176,7 @@ async def _open(
     if not is_session:
         try:
             await client.model(name)
-        except ModelNotFound:
+        except (ModelNotFound, InvalidInput):  # the latter: no name that a model can have
             is_session = True
     if not is_session:
         async with client.session(name, memory=memory_from(memory)) as session:

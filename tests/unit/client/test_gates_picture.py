@@ -236,7 +236,7 @@ def test_features_of_very_different_ranges_are_each_scaled() -> None:
 
     (section, *_) = sections_of(record(COUNTER, 10).whole())
     inputs, _ = section.panels
-    assert inputs.note == "each in its range"
+    assert inputs.note == "own ranges"
     ax = Figure().add_subplot()
     inputs.draw(ax)
     first, second = (np.asarray(line.get_ydata()) for line in ax.get_lines())
