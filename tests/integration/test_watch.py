@@ -226,14 +226,14 @@ def test_a_model_goes_on_by_itself(server: ServerProcess) -> None:
 
 
 def test_a_session_is_driven_and_left_open(server: ServerProcess, client: Client) -> None:
-    session = client.session("temperature", session_id="roof", idle_seconds=60)
+    session = client.session("temperature", session_id="roof:1", idle_seconds=60)
     session.open()
     session.step(np.zeros((3, 5)))
     session.detach()
-    done = watch(server, "roof", stdin="50,0,1,0,1\n51,0,1,0,1\n")
-    assert "session roof is at step 5" in done.stderr
+    done = watch(server, "roof:1", stdin="50,0,1,0,1\n51,0,1,0,1\n")
+    assert "session roof:1 is at step 5" in done.stderr
     assert [line.split("  ")[0] for line in done.stdout.splitlines()[2:]] == ["step 4", "step 5"]
-    assert client.get_session("roof").applied_step == 5
-    client.close_session("roof")
-    gone = watch(server, "roof", stdin="50,0,1,0,1\n", status=1)
+    assert client.get_session("roof:1").applied_step == 5
+    client.close_session("roof:1")
+    gone = watch(server, "roof:1", stdin="50,0,1,0,1\n", status=1)
     assert "SESSION_CLOSED" in gone.stderr

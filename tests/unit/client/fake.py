@@ -156,6 +156,7 @@ CODES = {
     "STEP_GAP": grpc.StatusCode.FAILED_PRECONDITION,
     "STEP_CONFLICT": grpc.StatusCode.ABORTED,
     "STEP_RESULT_NOT_HELD": grpc.StatusCode.FAILED_PRECONDITION,
+    "INVALID_FIELD": grpc.StatusCode.INVALID_ARGUMENT,
     "INVALID_MEMORY": grpc.StatusCode.INVALID_ARGUMENT,
     "MEMORY_TOO_LARGE": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "NOT_SUPPORTED": grpc.StatusCode.UNIMPLEMENTED,
@@ -411,6 +412,8 @@ class FakeServer(session_pb2_grpc.SessionServiceServicer, model_pb2_grpc.ModelSe
             await context.abort_with_status(rpc_status.to_status(refusal.status))
 
     def _model(self, name: str, version: int = 0) -> model_pb2.Model:
+        if ":" in name:
+            raise Refusal("INVALID_FIELD", field="name")
         for model in self.models:
             if model.name == name and version in (0, model.version):
                 described = model_pb2.Model()

@@ -124,13 +124,13 @@ def test_a_pickled_memory_is_not_loaded(watch, tmp_path: Path) -> None:
 
 
 def test_watching_a_session_drives_it_and_leaves_it(watch, threaded_server: FakeServer) -> None:
-    state = State("tale", threaded_server._model("tokens"))
-    threaded_server.world.sessions["tale"] = state
+    state = State("tale:1", threaded_server._model("tokens"))
+    threaded_server.world.sessions["tale:1"] = state
     state.run(1, b"\1\0\0\0")
-    result = watch("tale", "--text", "cc")
+    result = watch("tale:1", "--text", "cc")
     assert steps_of(result)[0].startswith("step 2  in c  out ")
-    assert result.stderr == "session tale is at step 3\n"
-    assert threaded_server.world.sessions["tale"].applied == 3
+    assert result.stderr == "session tale:1 is at step 3\n"
+    assert threaded_server.world.sessions["tale:1"].applied == 3
     assert state.carry.tolist() == [5, 5, 5]
     assert state.epoch == 1
 
