@@ -7,7 +7,8 @@ from html import escape
 import numpy as np
 
 from conveyor_client._trace import GateTrace
-from conveyor_client.cli._gates_picture import Grid, section_pngs
+from conveyor_client.cli._gates_panels import Grid
+from conveyor_client.cli._gates_picture import section_pngs
 from conveyor_client.cli._recording import Span
 from conveyor_client.cli._scales import LONG_NAMES
 

@@ -114,6 +114,7 @@ def test_a_memory_comes_from_a_file(conveyor, threaded_server: FakeServer, tmp_p
     file = tmp_path / "memory.csv"
     file.write_text("1,2,3\n4,5,6\n")
     options = ("--memory", str(file))
+    assert "3 x float32 in a row, at most 8 rows" in conveyor("models", "show", "looker").stdout
     assert conveyor("run", "looker", *options, stdin="1,1\n").stdout == "left,right\n4.5,4.5\n"
     conveyor("run", "looker", *options, "--session", "one", stdin="1,1\n")
     assert "memory rows" in conveyor("sessions", "show", "one").stdout

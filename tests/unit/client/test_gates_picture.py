@@ -10,13 +10,8 @@ import pytest
 from conveyor.v1 import model_pb2
 from conveyor_client.cli import _gates_picture
 from conveyor_client.cli._gates_page import page
-from conveyor_client.cli._gates_picture import (
-    alike_together,
-    figure_of,
-    png,
-    section_pngs,
-    sections_of,
-)
+from conveyor_client.cli._gates_panels import alike_together, sections_of
+from conveyor_client.cli._gates_picture import figure_of, png, section_pngs
 from conveyor_client.cli._recording import Recording
 from tests.unit.client.fake import attention_weights, gate_values
 from tests.unit.client.recordings import COUNTER, LOOKER, SUMMARY, record, speller

@@ -218,7 +218,7 @@ def test_without_matplotlib_the_extra_is_named_before_anything_runs(
         monkeypatch.delitem(sys.modules, module)
     import conveyor_client.cli
 
-    for name in ("_gates_page", "_gates_picture"):
+    for name in ("_gates_page", "_gates_panels", "_gates_picture"):
         monkeypatch.delattr(conveyor_client.cli, name, raising=False)
     for module in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, module)
