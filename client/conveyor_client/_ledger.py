@@ -10,7 +10,7 @@ replay buffer, and `Window` bounds it in steps and in bytes.
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from conveyor.v1 import session_pb2
 from conveyor_client._errors import (
@@ -62,6 +62,11 @@ class Chunk:
     def missing(self) -> int:
         """Steps this connection has not answered."""
         return self.last_step - self.expected + 1
+
+    def without_answer(self) -> "Chunk":
+        """What it takes to send it again; outputs and traces are bounded by no window."""
+        future = self.future.get_loop().create_future()  # that of the answer holds the answer
+        return replace(self, future=future, pieces=[], traces=[])
 
     def deliver(self) -> None:
         """Hands the answered chunk to whoever still waits for it."""
@@ -362,7 +367,7 @@ class Ledger:
     def _leave_flight(self, chunk: Chunk) -> None:
         self._in_flight.popleft()
         if self.keeps_until_durable and chunk.last_step > self.durable_step:
-            self._retained.append(chunk)
+            self._retained.append(chunk.without_answer())
         else:
             self._release(chunk)
         self._settle()
