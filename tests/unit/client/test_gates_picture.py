@@ -169,7 +169,7 @@ def test_units_that_act_alike_are_neighbours() -> None:
         assert alike_together(plain).tolist() == list(range(plain.shape[1]))
 
 
-HOSTILE = ['<script>alert("x")</script>', "$\\frac{1", "&amp;", "\x1b[31m", "\u4e16", "'\"><b>"]
+HOSTILE = ['<script>alert("x")</script>', "$\\frac{$", "&amp;", "\x1b[31m", "\u4e16", "'\"><b>"]
 
 
 @pytest.fixture
