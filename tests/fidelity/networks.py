@@ -17,6 +17,7 @@ from conveyor_models import Bundle, ModelSpec, digest_of
 from conveyor_models.layers import RnnLayer
 from conveyor_server.core import ModelKey, TraceMode
 from conveyor_server.engine.engine import Runner, TorchEngine
+from conveyor_server.engine.lone import CompiledFamily
 from conveyor_server.engine.port import Done, Work
 from conveyor_server.engine.prediction import SequenceRunner
 from conveyor_server.engine.products import BlockedFamily, PrepackedFamily, ProductFamily
@@ -29,10 +30,12 @@ LayerLike: TypeAlias = int | tuple[int, int] | Mapping[str, Any]
 
 
 def families(threads: int) -> list[ProductFamily]:
-    """Both kinds of products there are on a CPU; the first is skipped where torch lacks it."""
+    """The kinds of products there are on a CPU, the slowest first; without those torch lacks."""
     found: list[ProductFamily] = [BlockedFamily()]
     if PrepackedFamily.available():
         found.append(PrepackedFamily(threads))
+    if CompiledFamily.available():
+        found.append(CompiledFamily(threads))
     return found
 
 
