@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from conveyor_models import load_bundle
-from conveyor_models.layers import LstmLayer, RnnLayer
+from conveyor_models.layers import GruLayer, LstmLayer, RnnLayer
 from tests.support.zoo import ZOO, card, script
 
-SERIES = ("rain", "sunspots")
+SERIES = ("co2", "rain", "sunspots")
 BEATEN = {
+    "co2": ("as a year ago", "no change"),
     "rain": ("logistic regression", "rain today or not", "always the same"),
     "sunspots": ("same as this year",),
 }
@@ -48,29 +49,36 @@ def test_train_makes_this_model(model: str, train: ModuleType) -> None:
     assert load_bundle(ZOO / model).spec == train.SPEC
 
 
-def test_targets_are_the_step_after(model: str, train: ModuleType) -> None:
+def test_targets_are_the_steps_they_claim(model: str, train: ModuleType) -> None:
     features, targets, years = train.data.series()
     assert len(features) == len(targets) == len(years)
     assert features.dtype == targets.dtype == np.float32
     assert (np.diff(years) >= 0).all()
-    follows = features[1:, :1] > 0 if model == "rain" else features[1:, :1]
-    assert (targets[:-1] == follows).all()
+    if model == "co2":  # the change in 4 weeks is what has changed since 4 weeks, 4 weeks later
+        assert targets[:-4, 0] == pytest.approx(features[4:, 1])
+    elif model == "rain":
+        assert (targets[:-1] == (features[1:, :1] > 0)).all()
+    else:
+        assert (targets[:-1] == features[1:]).all()
 
 
 def test_training_never_reads_what_compares_or_is_held_out(
-    train: ModuleType, monkeypatch: pytest.MonkeyPatch
+    model: str, train: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features, targets, years = map(np.copy, train.data.series())
     learned = years < train.data.VALIDATION_YEAR
-    learned[np.flatnonzero(learned)[-1]] = False  # its target lies beyond
     features[~learned], targets[~learned] = np.nan, np.nan
+    last = 13 if model == "co2" else 1
+    targets[np.flatnonzero(learned)[-last:]] = np.nan  # these lie beyond
     monkeypatch.setattr(train.data, "series", lambda: (features, targets, years))
     monkeypatch.setattr(train, "ITERATIONS", 20)
     assert all(bool(each.isfinite().all()) for each in train.train().values())
 
 
 def test_their_cells() -> None:
-    coupled, plain = (load_bundle(ZOO / name).spec.layers[0] for name in SERIES)
+    gated, coupled, plain = (load_bundle(ZOO / name).spec.layers[0] for name in SERIES)
+    assert isinstance(gated, GruLayer)
+    assert gated.reset == "after"
     assert isinstance(coupled, LstmLayer)
     assert coupled.coupled
     assert isinstance(plain, RnnLayer)
