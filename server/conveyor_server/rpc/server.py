@@ -1,7 +1,9 @@
 """The gRPC server: services, health, reflection, transport limits."""
 
+import asyncio
 import socket
 from pathlib import Path
+from typing import Final
 
 import grpc
 from grpc import aio
@@ -16,6 +18,9 @@ from conveyor_server.rpc.models import ModelServicer
 from conveyor_server.rpc.service import Services
 from conveyor_server.rpc.sessions import SessionServicer
 from conveyor_server.rpc.streams import Streams
+
+CUT_SECONDS_MAX: Final = 2.0
+"""What calls that were cut off at a stop have to end."""
 
 _FRAME_BYTES = 64 * 2**10
 _ENTRY_BYTES = 32
@@ -111,6 +116,11 @@ class GrpcServer:
     async def stop(self) -> None:
         """Ends: calls under way have the grace period to end by themselves."""
         await self._server.stop(self._shutdown.grace_seconds)
+        # What was cut off then ends in a few turns of the loop. Closed earlier, the loop would
+        # cancel it in the transport's hands, which writes a traceback to standard error.
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        if calls:
+            await asyncio.wait(calls, timeout=CUT_SECONDS_MAX)
 
 
 def transport_options(limits: LimitsConfig) -> list[tuple[str, int]]:
