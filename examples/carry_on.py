@@ -11,6 +11,7 @@ import asyncio
 import sys
 
 import numpy as np
+
 from conveyor_client import aio
 
 TARGET = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051"
@@ -63,6 +64,7 @@ async def main() -> None:
                     relay.cut()
                     print(f"cut after {len(outputs)} answers, epoch {session.epoch}")
             info = await session.info()
+        relay.cut()
     async with aio.Client(TARGET) as client, client.session("temperature") as session:
         expected = await session.step(inputs)
     print(f"{relay.connections} connections, epoch {info.epoch}, {info.applied_step} steps applied")

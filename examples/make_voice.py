@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from conveyor_models import parse_spec, save_bundle
 
 MODEL_TOML = """

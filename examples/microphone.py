@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator
 
 import numpy as np
+
 from conveyor_client import aio
 
 TARGET = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051"
