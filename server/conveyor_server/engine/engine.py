@@ -157,13 +157,11 @@ class TorchEngine:
 
     def slots_used(self, key: ModelKey) -> int:
         """See `Engine.slots_used`."""
-        runner = self._runners.get(key)
-        return 0 if runner is None else runner.pool.allocator.used
+        return 0 if key in self._sequences else self._runners[key].pool.allocator.used
 
     def slots_total(self, key: ModelKey) -> int:
         """See `Engine.slots_total`."""
-        runner = self._runners.get(key)
-        return 0 if runner is None else runner.pool.allocator.total
+        return 0 if key in self._sequences else self._runners[key].pool.allocator.total
 
     def device_memory(self) -> list[tuple[tuple[str, ...], float]]:
         """Bytes of the CUDA device's memory by state, for metrics."""
