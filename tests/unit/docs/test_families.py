@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any, Final
 
 import pytest
 
-from conveyor_models import ModelSpec, SpecError, parse_spec
+from conveyor_models import ModelSpec, SpecError, parse_spec, scan
 from conveyor_models.layers import KNOWN_CELLS
-from tests.unit.docs.markdown import DOCS, Block, Rows, blocks, code, pages, tables
+from tests.unit.docs.markdown import DOCS, REPOSITORY, Block, Rows, blocks, code, pages, tables
 
 FAMILIES: Final = DOCS / "families"
 BUNDLES: Final = [
@@ -121,3 +122,62 @@ def _to_toml(values: dict[str, Any]) -> str:
 def _text(value: Any) -> str:
     # Python writes these few kinds as TOML does, but for booleans.
     return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _symbols(spec: ModelSpec, name: str) -> dict[str, int]:
+    """What the letters of the guide mean for one tensor."""
+    top = spec.layers[-1].output_size
+    known = {"V": spec.input.size, "top": top, "R": spec.head_input_size, "O": spec.output_size}
+    if spec.embedding is not None:
+        known["E"] = spec.embedding.size
+    if spec.attention is not None:
+        known |= {"A": spec.attention.memory_size, "S": spec.attention.size}
+    if name.startswith("layers."):
+        number = int(name.split(".")[1])
+        layer = spec.layers[number]
+        known |= {"G": len(layer.gates), "H": layer.size, "P": layer.hidden_size}
+        known["I"] = spec.layer_input_sizes[number]
+    return known
+
+
+@pytest.mark.parametrize("block", BUNDLES, ids=str)
+def test_the_guide_tells_the_shape_of_every_tensor(block: Block) -> None:
+    spec = parse_spec(block.text)
+    guide = next(t for t in tables(DOCS / "guides" / "bundles.md") if t.header[0] == "tensor")
+    written = {code(row[0]): row[1].strip("[]") for row in guide.body}
+    for name, shape in spec.weight_shapes.items():
+        symbols = _symbols(spec, name)
+        general = re.sub(r"^layers\.\d+\.(reverse\.)?", "layers.K.", name)
+        sizes = [
+            math.prod(symbols.get(factor) or int(factor) for factor in size.split(" x "))
+            for size in written[general].split(", ")
+        ]
+        assert tuple(sizes) == shape, name
+
+
+SNIPPETS: Final = [
+    block
+    for page in (DOCS / "guides" / "bundles.md", *sorted(FAMILIES.glob("*.md")))
+    for block in blocks(page, "python")
+    if "import" in block.text
+]
+
+
+@pytest.mark.parametrize("block", SNIPPETS, ids=str)
+def test_code_on_the_pages_runs(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").symlink_to(REPOSITORY / "models")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
+    assert block.text.count("save_bundle(") == len(_made(tmp_path))
+
+
+def _made(folder: Path) -> list[Path]:
+    """Bundles that a snippet wrote, each of them sound."""
+    made = folder / "my-models"
+    if not made.exists():
+        return []
+    listing = scan(made)
+    assert listing.problems == ()
+    return [found.path for found in listing.bundles]
