@@ -79,10 +79,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if source in brought:
             continue
         brought.add(source)
-        text = (REPOSITORY / source).read_text(encoding="utf-8")
-        files.append(_brought(config, source, text))
+        files.append(_brought(config, source))
         if source.suffix == ".md":
-            waiting += _outside(text, source)
+            waiting += _outside(_text(source), source)
     return files
 
 
@@ -95,17 +94,26 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     return _turned(markdown, DOCS / uri)
 
 
-def _brought(config: MkDocsConfig, source: PurePosixPath, text: str) -> File:
+def _text(source: PurePosixPath) -> str:
+    """A file's text, or the list of a folder's files where there is no page about it."""
+    if source.name != FRONT or (REPOSITORY / source).exists():
+        return (REPOSITORY / source).read_text(encoding="utf-8")
+    inside = (REPOSITORY / source.parent).iterdir()
+    names = sorted(path.name for path in inside if path.name[0] not in "._")
+    return "\n".join([f"# {source.parent}", "", *(f"- [{name}]({name})" for name in names)]) + "\n"
+
+
+def _brought(config: MkDocsConfig, source: PurePosixPath) -> File:
     """A file of the repository on the site: a page as it is, another text in a frame."""
     level = InclusionLevel.NOT_IN_NAV
     uri = _uri(source)
     if source.suffix in COPIED:
         return File.generated(config, uri, abs_src_path=str(REPOSITORY / source), inclusion=level)
     if source.suffix == ".md":
-        return File.generated(config, uri, content=_turned(text, source), inclusion=level)
+        return File.generated(config, uri, content=_turned(_text(source), source), inclusion=level)
     language = LANGUAGES.get(source.suffix, "text")
     framed = f"---\nsearch:\n  exclude: true\n---\n\n# {source}\n\n"
-    framed += f"{FENCE}{language}\n{text}\n{FENCE}\n"
+    framed += f"{FENCE}{language}\n{_text(source)}\n{FENCE}\n"
     return File.generated(config, uri, content=framed, inclusion=level)
 
 
@@ -131,12 +139,17 @@ def _uri(source: PurePosixPath) -> str:
 
 
 def _target(link: str, here: PurePosixPath) -> PurePosixPath | None:
-    """The file of the repository that a link in `here` means; None where there is none."""
+    """The file of the repository that a link in `here` means; None where there is none.
+
+    That of a folder is its README, or else the list of its files.
+    """
     target = PurePosixPath(posixpath.normpath(here.parent / link))
+    if ".." in target.parts:
+        return None
     if (REPOSITORY / target).is_dir():
-        target /= "README.md"
-    found = ".." not in target.parts and (REPOSITORY / target).is_file()
-    return target if found else None
+        readme = target / "README.md"
+        return readme if (REPOSITORY / readme).is_file() else target / FRONT
+    return target if (REPOSITORY / target).is_file() else None
 
 
 def _outside(text: str, here: PurePosixPath) -> Iterator[PurePosixPath]:
