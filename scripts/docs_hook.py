@@ -1,8 +1,8 @@
 """Pages that the documentation's site makes while it is built; mkdocs.yml names this file.
 
 - The front page is the repository's README.
-- The reference of the contract comes from the .proto files, see `reference.py`, that of the client
-  from its docstrings, see `reference_client.py`.
+- The reference of the contract comes from the .proto files (`reference.py`), that of the client and
+  of the server's settings from docstrings (`reference_client.py`, `reference_settings.py`).
 - What a page links to elsewhere in the repository (a card, a setting's source, figures) comes along
   below `repository/`, so that the site needs no network and no link of it leads nowhere.
 - Pages that the navigation of mkdocs.yml does not name are added to the section of their folder.
@@ -20,11 +20,13 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 REPOSITORY: Final = Path(__file__).resolve().parent.parent
-# mkdocs loads a hook by its path; and the client described is the one beside it.
-sys.path[:0] = [str(REPOSITORY / room) for room in ("scripts", "proto", "client")]
+ROOMS: Final = ("proto", "client", "server", "models")
+# mkdocs loads a hook by its path; and the packages described are the ones beside it.
+sys.path[:0] = [str(REPOSITORY / room) for room in ("scripts", *ROOMS)]
 
 import reference  # noqa: E402
 import reference_client  # noqa: E402
+import reference_settings  # noqa: E402
 
 DOCS: Final = PurePosixPath("docs")
 FRONT: Final = "index.md"
@@ -43,13 +45,22 @@ FENCE: Final = "~" * 8
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Adds to the navigation what it does not name."""
-    made = {f"reference/{page.name}" for page in reference.pages()}
+    made = {f"reference/{name}" for name in _references()}
     written = {path.relative_to(config.docs_dir).as_posix() for path in _markdown(config.docs_dir)}
     for section in config.nav or []:
         for entries in section.values():
             if isinstance(entries, list):
                 _complete(entries, sorted(written | made))
     return config
+
+
+def _references() -> dict[str, str]:
+    """The pages made from sources, by name."""
+    return {
+        reference_client.NAME: reference_client.page(),
+        reference_settings.NAME: reference_settings.page(),
+        **{page.name: page.text for page in reference.pages()},
+    }
 
 
 def _markdown(folder: str) -> Iterator[Path]:
@@ -65,10 +76,8 @@ def _complete(entries: list[Any], pages: list[str]) -> None:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Makes the generated pages, and brings along what the pages link to."""
-    for page in reference.pages():
-        files.append(File.generated(config, f"reference/{page.name}", content=page.text))
-    client = reference_client.page()
-    files.append(File.generated(config, f"reference/{reference_client.NAME}", content=client))
+    for name, text in _references().items():
+        files.append(File.generated(config, f"reference/{name}", content=text))
     waiting = [PurePosixPath("README.md"), *_named(config.nav)]
     for path in _markdown(config.docs_dir):
         here = DOCS / path.relative_to(config.docs_dir).as_posix()

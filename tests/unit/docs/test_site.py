@@ -14,6 +14,7 @@ import pytest
 import conveyor_client
 from conveyor.v1 import errors_pb2, model_pb2, session_pb2
 from conveyor_client import aio
+from conveyor_server.config import Config
 from tests.unit.docs.markdown import DOCS, REPOSITORY, pages
 
 RESOURCE: Final = re.compile(
@@ -75,6 +76,16 @@ def test_the_contract_is_described_in_full(site: Path) -> None:
     session = (site / "reference/conveyor.v1.session.html").read_text()
     assert "the same number with another payload is ERROR_REASON_STEP_CONFLICT" in session
     assert 'href="#OpenSessionRequest"' in session
+
+
+def test_every_setting_is_described(site: Path) -> None:
+    text = (site / "reference/settings.html").read_text()
+    for section, values in Config().model_dump().items():
+        for key in values:
+            assert f"<code>{section}.{key}</code>" in text
+            assert f"<code>CONVEYOR_{section}__{key}</code>".upper() in text.upper()
+    assert "Sessions of one model version with their carry on the device at once." in text
+    assert "<td></td>\n</tr>" not in text, "a setting without a meaning"
 
 
 def test_every_public_name_of_the_client_is_described(site: Path) -> None:
