@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import grpc
 import pytest
 
 from conveyor.v1 import errors_pb2
@@ -17,7 +18,7 @@ from conveyor_server.engine.packing import padded
 from conveyor_server.rpc.status import code_of
 from conveyor_server.sessions.held import ENTRY_BYTES
 from conveyor_server.store.checkpoint import Checkpoint, Header, encode
-from tests.unit.docs.markdown import CODE, DOCS, REPOSITORY, code, tables
+from tests.unit.docs.markdown import CODE, DOCS, REPOSITORY, code, pages, tables
 
 ERRORS: Final = DOCS / "guides" / "errors.md"
 GUIDES: Final = sorted((DOCS / "guides").glob("*.md"))
@@ -43,6 +44,19 @@ def _leaves(kind: type[errors.ConveyorError]) -> Iterator[type[errors.ConveyorEr
 def test_every_reason_of_the_contract_is_explained_once() -> None:
     assert sorted(code(row[0]) for row in ROWS) == sorted(REASONS)
     assert all(all(row[3:]) for row in ROWS), "something to say to both sides"
+
+
+def test_a_reason_that_is_named_anywhere_exists() -> None:
+    families = {reason.partition("_")[0] for reason in REASONS if "_" in reason}
+    known = {*REASONS, *(code.name for code in grpc.StatusCode)}
+    named = {
+        span
+        for page in pages()
+        for span in CODE.findall(page.read_text(encoding="utf-8"))
+        if re.fullmatch(r"[A-Z]+(_[A-Z]+)+", span) and span.partition("_")[0] in families
+    }
+    assert len(named) >= len(REASONS) // 2
+    assert named <= known
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: code(row[0]))
