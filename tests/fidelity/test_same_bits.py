@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from conveyor_server.engine import packing
 from conveyor_server.engine.engine import SameBitsError, TorchEngine
 from conveyor_server.engine.probe import same_bits
 from conveyor_server.engine.products import BlockedFamily, Product, ProductFamily
+from tests.fidelity.cases import FAMILIES
 from tests.fidelity.networks import (
     CPU,
     families,
@@ -27,14 +29,17 @@ from tests.fidelity.networks import (
     random_rows,
     random_weights,
 )
-from tests.fidelity.same_bits import SETTINGS, Scenario, Turn, difference, holds, scenarios
+from tests.fidelity.same_bits import (
+    SETTINGS,
+    Scenario,
+    Turn,
+    difference,
+    holds,
+    holds_in_slices,
+    scenarios,
+)
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("family", families(1), ids=lambda family: family.name)
@@ -42,17 +47,24 @@ def test_bits_depend_on_the_session_alone(family: ProductFamily) -> None:
     holds(lambda: family, examples=120)
 
 
-def test_bits_depend_on_the_session_alone_with_two_threads() -> None:
+@pytest.mark.parametrize(("threads", "examples"), [(2, 40), (3, 10), (4, 10)])
+def test_bits_depend_on_the_session_alone_with_threads(threads: int, examples: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fidelity.same_bits", "2", "40"],
+        [sys.executable, "-m", "tests.fidelity.same_bits", str(threads), str(examples)],
         cwd=ROOT,
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},  # no spinning where others need the cores
         capture_output=True,
         text=True,
         timeout=110,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("same bits with 2 threads") == len(families(2))
+    assert done.stdout.count(f"same bits with {threads} threads") == len(families(threads))
+
+
+@pytest.mark.parametrize("family", families(1), ids=lambda family: family.name)
+def test_whole_sequences_have_the_same_bits_in_any_slices(family: ProductFamily) -> None:
+    holds_in_slices(lambda: family, examples=60)
 
 
 @pytest.mark.parametrize("name", ["letters", "temperature"])
@@ -228,8 +240,9 @@ def test_a_row_of_a_head_does_not_depend_on_its_place(family: ProductFamily, out
     assert len({out.tobytes() for out in together}) == 1
 
 
-def test_one_session_in_256_keeps_its_bits() -> None:
-    spec = make_spec([65], features=9)
+@pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES.keys())
+def test_one_session_in_256_keeps_its_bits(options: dict[str, object]) -> None:
+    spec = make_spec([{**options, "size": 65}], features=9)
     loaded = load(make_bundle(spec, random_weights(spec, 0)), slots=256)
     inputs = [random_rows(spec, 3, number) for number in range(256)]
     together = loaded.run_batch(inputs)
