@@ -20,9 +20,6 @@ from tests.fidelity import reference
 from tests.fidelity.cases import MISTAKE_SHOWS, STEPS, TOLERANCE_FLOAT32
 from tests.fidelity.networks import Rows, load, make_bundle, make_spec, random_rows
 
-TOLERANCE_SMALL: Final = 3e-6
-"""For outputs far below 1, as said above."""
-
 Module = nn.LSTM | nn.GRU | nn.RNN
 MODULES: Final[dict[str, tuple[type[Module], dict[str, Any], dict[str, Any]]]] = {
     "lstm": (nn.LSTM, {}, {"cell": "lstm"}),
@@ -82,7 +79,7 @@ def test_the_engine_agrees_with_torch(name: str, size: int, layers: int, project
     spec = _spec(options, size, layers, projection)
     rows = random_rows(spec, STEPS, size)
     (out,) = load(make_bundle(spec, weights_of(module))).run_batch([rows])
-    assert reference.error(out, _judged(module, rows)) < TOLERANCE_SMALL
+    assert reference.error(out, _judged(module, rows)) < TOLERANCE_FLOAT32
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -94,7 +91,7 @@ def test_whole_sequences_agree_with_torch(name: str, size: int, layers: int) -> 
     spec = _spec(options, size, layers, 0, direction="bidirectional")
     rows = random_rows(spec, STEPS, size)
     out = load(make_bundle(spec, weights_of(module))).predict(rows)
-    assert reference.error(out, _judged(module, rows)) < TOLERANCE_SMALL
+    assert reference.error(out, _judged(module, rows)) < TOLERANCE_FLOAT32
 
 
 def test_the_engine_agrees_with_a_torch_model_of_tokens() -> None:

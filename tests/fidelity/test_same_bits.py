@@ -15,10 +15,12 @@ from torch import Tensor
 
 from conveyor_models import load_bundle
 from conveyor_server.engine import engine as engine_module
-from conveyor_server.engine import packing
+from conveyor_server.engine import packing, trace
+from conveyor_server.engine.attention import Attention
 from conveyor_server.engine.engine import SameBitsError, TorchEngine
 from conveyor_server.engine.probe import same_bits
 from conveyor_server.engine.products import BlockedFamily, Product, ProductFamily
+from conveyor_server.engine.trace import Tap
 from tests.fidelity.cases import FAMILIES
 from tests.fidelity.networks import (
     CPU,
@@ -47,7 +49,7 @@ def test_bits_depend_on_the_session_alone(family: ProductFamily) -> None:
     holds(lambda: family, examples=120)
 
 
-@pytest.mark.parametrize(("threads", "examples"), [(2, 40), (3, 10), (4, 10)])
+@pytest.mark.parametrize(("threads", "examples"), [(2, 20), (3, 6), (4, 6)])
 def test_bits_depend_on_the_session_alone_with_threads(threads: int, examples: int) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.fidelity.same_bits", str(threads), str(examples)],
@@ -206,6 +208,41 @@ def test_the_property_finds_a_carry_that_is_lost() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchEngine, "write", forgetful)
         assert difference(scenario, BlockedFamily()) is not None
+
+
+def test_scores_less_the_batchs_greatest_break_the_promise_and_the_property_finds_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def weigh(self: Attention, query: Tensor, keys: Tensor, absent: Tensor) -> Tensor:
+        e = (query[:, None] + keys).sigmoid().mul(self._score).sum(2) + absent
+        e = (e - e.amax()).exp()
+        return e / e.sum(1, keepdim=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Attention, "weigh", weigh)
+        found = _counterexample(BlockedFamily())
+    assert difference(found, BlockedFamily()) is None
+
+
+def test_a_trace_that_touches_what_it_sees_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    see = Tap.see
+
+    def touch(self: Tap, **values: Tensor) -> None:
+        see(self, **values)
+        for value in values.values():
+            value.mul_(1.0 + 2.0**-20)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tap, "see", touch)
+        found = _counterexample(BlockedFamily())
+    assert difference(found, BlockedFamily()) is None
+
+
+def test_a_trace_of_somebody_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(trace, "accumulate", lambda counts: [0] * len(counts))
+        found = _counterexample(BlockedFamily())
+    assert difference(found, BlockedFamily()) is None
 
 
 def test_a_model_no_family_can_keep_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
