@@ -18,7 +18,7 @@ from tests.integration.process import ServerProcess, command_environment
 
 EXAMPLES: Final = Path(__file__).parents[2] / "examples"
 LINES_MAX: Final = 80
-MAKERS: Final = {"make_voice.py": "voice"}
+MAKERS: Final = {"make_look_up.py": "look-up", "make_voice.py": "voice"}
 """Programs that write a model, and which one."""
 CLIENTS: Final = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in MAKERS)
 MODULES: Final = sys.stdlib_module_names | {"conveyor_client", "numpy"}
@@ -57,6 +57,21 @@ def _carry_on(said: str) -> None:
     assert "the same bits as over a connection that held: True" in said
 
 
+def _gates(said: str) -> None:
+    within, between = (float(share) for share in re.findall(r"(?:words|them) ([\d.]+)%", said))
+    assert 0 < 1.5 * within < between < 100
+    assert said.count("█") > 0
+    assert "the same bits without a trace: True" in said
+
+
+def _look_up(said: str) -> None:
+    assert "corner shop, 3 rows" in said
+    assert "market, 6 rows" in said
+    assert said.count("right") == 7
+    assert "WRONG" not in said
+    assert said.count("█") == 7  # each question finds one row
+
+
 def _microphone(said: str) -> None:
     found = [float(seconds) for seconds in re.findall(r"([\d.]+) s  voice", said)]
     spoken = re.findall(r"([\d.]+) to ([\d.]+) s", said)
@@ -90,6 +105,8 @@ def _what_if(said: str) -> None:
 
 CHECKS: Final[dict[str, Callable[[str], None]]] = {
     "carry_on.py": _carry_on,
+    "gates.py": _gates,
+    "look_up.py": _look_up,
     "microphone.py": _microphone,
     "sensor_fleet.py": _sensor_fleet,
     "text_generation.py": _text_generation,
