@@ -17,7 +17,7 @@ DEV := $(VENV)/.conveyor-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-unit check format serve bench proto wheel clean
+.PHONY: help demo test test-unit check format serve bench proto docs wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,11 +52,14 @@ bench: $(DEV) ## measure, each line beside its comparator
 proto: $(DEV) ## regenerate the Python code of the contract
 	$(BIN)/python scripts/proto.py generate
 
+docs: $(DEV) ## build the documentation as a site in site/, warnings being errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 wheel: $(DEV) ## build dist/conveyor-*.whl
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean: ## remove everything make created, the environment included
-	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # The backend comes from constraints.txt too, hence no build isolation.
 $(RUN): pyproject.toml constraints.txt | $(BIN)/python
