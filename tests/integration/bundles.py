@@ -29,6 +29,14 @@ WORDS: Final[dict[str, Any]] = {
     "output": {"activation": "log_softmax"},
 }
 """Tokens in, log-probabilities of the next one out."""
+SPOKEN: Final[dict[str, Any]] = {
+    **WORDS,
+    "input": {
+        **WORDS["input"],
+        "labels": ["null", "eins", "zwei", "drei", "vier", "funf", "sechs"],
+    },
+}
+"""The same with a label for each token."""
 LOOP: Final[dict[str, Any]] = {
     "input": {"kind": "features", "size": 2},
     "layers": [{"cell": "lstm", "size": 6}],
@@ -67,6 +75,7 @@ MODELS: Final[dict[str, dict[str, Any]]] = {
     "tiny": TINY,
     "deep": DEEP,
     "words": WORDS,
+    "spoken": SPOKEN,
     "loop": LOOP,
     "short": SHORT,
     "single": SINGLE,

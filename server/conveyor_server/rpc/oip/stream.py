@@ -86,7 +86,11 @@ class Answers(Outbox):
 
 
 class InferStream:
-    """One ModelStreamInfer call."""
+    """One ModelStreamInfer call.
+
+    Attributes:
+        known: The model of each sequence that was seen on it lately, by the session's id.
+    """
 
     def __init__(
         self,
@@ -107,7 +111,7 @@ class InferStream:
         metadata = dict(context.invocation_metadata() or ())
         end_on_error = str(metadata.get(ENDS_ON_ERROR, "")).lower() == "true"
         self._answers = Answers(services.metrics, statistics, services, end_on_error=end_on_error)
-        self._known: OrderedDict[str, ModelInfo] = OrderedDict()
+        self.known: OrderedDict[str, ModelInfo] = OrderedDict()
         self._stopping = asyncio.Event()
 
     async def serve(self) -> None:
@@ -146,7 +150,7 @@ class InferStream:
     def answered(self, request: Request) -> None:
         """See `sequences.Waiting`."""
         if request.error is not None:
-            self._known.pop(request.asked.session_id, None)
+            self.known.pop(request.asked.session_id, None)
         self._answers.done(request)
 
     async def _stop(self) -> None:
@@ -181,7 +185,7 @@ class InferStream:
             return
         asked = request.asked
         try:
-            model = None if asked.start else self._known.get(asked.session_id)
+            model = None if asked.start else self.known.get(asked.session_id)
             if model is None or asked.version not in (None, model.key.version):
                 model = await self._look_up(asked)
             request.model = model
@@ -207,11 +211,11 @@ class InferStream:
         asked = request.asked
         self._sequences.submit(request, model, self._principal, steps)
         if asked.end:
-            self._known.pop(asked.session_id, None)
-        elif asked.start or asked.session_id not in self._known:
-            self._known[asked.session_id] = model
-            if len(self._known) > SEQUENCES_KNOWN_MAX:
-                self._known.popitem(last=False)
+            self.known.pop(asked.session_id, None)
+        elif asked.start or asked.session_id not in self.known:
+            self.known[asked.session_id] = model
+            if len(self.known) > SEQUENCES_KNOWN_MAX:
+                self.known.popitem(last=False)
 
     async def _look_up(self, asked: Asked) -> ModelInfo:
         """Waits, if it has to, for what other streams do to the sequence."""

@@ -148,7 +148,7 @@ def _typed_rows(tensor: Tensor, model: ModelInfo, length: int) -> bytes:
     if tensor.datatype == "BYTES":
         return _converted(_labelled(list(values), tensor, model), model, length)
     try:
-        return _converted(np.array(values, dtype=_RAW[tensor.datatype]), model, length)
+        return _converted(np.array(list(values), dtype=_RAW[tensor.datatype]), model, length)
     except OverflowError as error:  # int_contents hold more than an INT8 does
         raise Refusal("contents", f"an element is outside {tensor.datatype}") from error
 
