@@ -48,7 +48,7 @@ def no_sequence_id(model: str) -> Refusal:
     )
 
 
-def not_started(model: str, sequence: str) -> Refusal:
+def not_started(model: str, sequence: int | str) -> Refusal:
     """The sequence was never begun, or it ended."""
     return Refusal(
         "sequence_start",
@@ -62,7 +62,7 @@ def no_shared_memory(tensor: str) -> NotSupported:
     return NotSupported(f"tensor '{tensor}': this server takes and gives no shared memory")
 
 
-def translated(error: ConveyorError, model: str, sequence: str) -> ConveyorError:
+def translated(error: ConveyorError, model: str, sequence: int | str) -> ConveyorError:
     """What became of a request, in the words of this protocol."""
     if isinstance(error, SessionNotFound | SessionEnded):
         return not_started(model, sequence)

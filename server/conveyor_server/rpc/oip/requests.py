@@ -26,8 +26,8 @@ class Asked:
     request_id: str
     session_id: str
     """Of the sequence; empty: none is named."""
-    sequence: str
-    """The sequence as the client named it, for messages."""
+    sequence: int | str
+    """As the client named it; a number without its sign."""
     start: bool
     end: bool
     timeout_seconds: float | None
@@ -39,28 +39,19 @@ def read(message: inference_pb2.ModelInferRequest) -> Asked:
     Raises:
         Refusal: A version or a parameter is not of its type.
     """
-    model, parameters = message.model_name, message.parameters
-    session_id = sequence = ""
-    start = end = False
-    timeout_seconds = None
+    asked = unread(message)
+    if message.model_version:
+        asked.version = version_of(message.model_version)
+    parameters = message.parameters
     if "sequence_id" in parameters:
-        session_id, sequence = _sequence(model, parameters["sequence_id"])
+        asked.session_id, asked.sequence = _sequence(asked.model, parameters["sequence_id"])
     if "sequence_start" in parameters:
-        start = _flag(parameters["sequence_start"], "sequence_start")
+        asked.start = _flag(parameters["sequence_start"], "sequence_start")
     if "sequence_end" in parameters:
-        end = _flag(parameters["sequence_end"], "sequence_end")
+        asked.end = _flag(parameters["sequence_end"], "sequence_end")
     if "timeout" in parameters:
-        timeout_seconds = _timeout_seconds(parameters["timeout"])
-    return Asked(
-        model=model,
-        version=version_of(message.model_version) if message.model_version else None,
-        request_id=message.id,
-        session_id=session_id,
-        sequence=sequence,
-        start=start,
-        end=end,
-        timeout_seconds=timeout_seconds,
-    )
+        asked.timeout_seconds = _timeout_seconds(parameters["timeout"])
+    return asked
 
 
 def unread(message: inference_pb2.ModelInferRequest) -> Asked:
@@ -96,9 +87,11 @@ def session_id_of(model: str, sequence: int | str) -> str:
     return f"oip.h:{model}:{digest}"
 
 
-def _sequence(model: str, value: inference_pb2.InferParameter) -> tuple[str, str]:
+def _sequence(model: str, value: inference_pb2.InferParameter) -> tuple[str, int | str]:
     """The session's id and the sequence's own; both empty for the ids that mean none."""
     sequence: int | str
+    if (number := value.int64_param) > 0:  # by far the most
+        return f"oip.i:{model}:{number}", number
     match value.WhichOneof("parameter_choice"):
         case "int64_param":
             sequence = value.int64_param % _UINT64
@@ -113,11 +106,11 @@ def _sequence(model: str, value: inference_pb2.InferParameter) -> tuple[str, str
             sequence = value.uint64_param
         case _:
             raise Refusal("sequence_id", "parameter 'sequence_id' must be an integer or a string")
-    return (session_id_of(model, sequence), str(sequence)) if sequence else ("", "")
+    return (session_id_of(model, sequence), sequence) if sequence else ("", "")
 
 
 def _flag(value: inference_pb2.InferParameter, name: str) -> bool:
-    if value.WhichOneof("parameter_choice") != "bool_param":
+    if not value.HasField("bool_param"):
         raise Refusal(name, f"parameter '{name}' must be a bool")
     return value.bool_param
 

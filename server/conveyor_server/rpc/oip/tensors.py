@@ -126,7 +126,12 @@ def _only_input(message: inference_pb2.ModelInferRequest, model: ModelInfo) -> T
 
 def _steps(tensor: Tensor, model: ModelInfo) -> tuple[int, bool]:
     """How many steps a tensor holds, and whether its shape has a dimension for them."""
-    shape = tuple(tensor.shape)
+    dimensions = tensor.shape
+    if len(dimensions) == 3:
+        batch, length, size = dimensions
+        if batch == 1 and length > 0 and size == model.input_size:
+            return length, True
+    shape = tuple(dimensions)
     if len(shape) not in (2, 3) or shape[-1] != model.input_size or min(shape) < 0:
         raise InvalidShape(
             f"unexpected shape for input '{INPUT}' for model '{model.key.name}'. Expected"
