@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +13,11 @@ import pytest
 import torch
 
 from conveyor_models import Bundle
+from tests.integration.conftest import ZOO, StartServer
 from tests.integration.oip.conftest import RunProgram
 from tests.integration.process import ServerProcess
 
+GUIDE: Final = Path(__file__).parents[3] / "docs" / "guides" / "triton.md"
 UNKNOWN = "Request for unknown model: '{}' is not found"
 INVALID = "StatusCode.INVALID_ARGUMENT"
 UNIMPLEMENTED = "StatusCode.UNIMPLEMENTED"
@@ -211,6 +216,20 @@ def test_the_asynchronous_client_works(
     for sequence in ("51", "fifty-two"):
         out = [each["output"][0][0] for each in seen["stream"] if each["id"] == sequence]
         assert close(out, expected)
+
+
+def test_the_guides_program_runs(start_server: StartServer, tmp_path: Path) -> None:
+    server = start_server({"shutdown.grace_seconds": 2}, models=ZOO)
+    text = GUIDE.read_text(encoding="utf-8")
+    program = tmp_path / "guide.py"
+    source = text.partition("```python\n")[2].partition("```")[0]
+    assert "127.0.0.1:50051" in source
+    program.write_text(source.replace("127.0.0.1:50051", server.address), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 24
 
 
 def test_perf_analyzers_calls_work_and_its_statistics_rise(

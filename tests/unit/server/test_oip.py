@@ -17,6 +17,8 @@ from conveyor.oip import inference_pb2
 from conveyor_server.config import Config
 from conveyor_server.core import SESSION_ID, ModelKey, SessionState
 from conveyor_server.errors import EngineFailed, ServerDraining, SlowReader
+from conveyor_server.rpc.oip import responses as responses_module
+from conveyor_server.rpc.oip import statistics as statistics_module
 from conveyor_server.rpc.oip import stream as stream_module
 from conveyor_server.rpc.oip.requests import session_id_of
 from conveyor_server.rpc.oip.sequences import Sequences
@@ -58,6 +60,7 @@ class _Context:
     def __init__(self) -> None:
         self.sent: asyncio.Queue[Any] = asyncio.Queue()
         self.written: list[tuple[str, str]] = []
+        self.lengths: list[int] = []
         self.reads = asyncio.Event()
         self.reads.set()
 
@@ -70,6 +73,11 @@ class _Context:
     async def write(self, answer: inference_pb2.ModelStreamInferResponse) -> None:
         # As it is now: the stream may fill the same message in anew for the next answer.
         self.written.append((answer.infer_response.id, answer.error_message))
+        for tensor, rows in zip(
+            answer.infer_response.outputs, answer.infer_response.raw_output_contents, strict=True
+        ):
+            assert len(rows) == tensor.shape[1] * FEATURES.output_row_bytes
+            self.lengths.append(tensor.shape[1])
         await self.reads.wait()
 
 
@@ -321,6 +329,35 @@ async def test_the_sequences_that_are_remembered_are_bounded(
             await call.send(f"{number}", sequence=number)
             assert (await call.run())[-1] == (f"{number}", "")
         assert len(call.stream.known) == 2
+
+
+async def test_the_versions_that_are_counted_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics_module, "TALLIES_MAX", 1)
+    call = _Call()
+    async with _served(call):
+        await call.send("a", start=True)
+        await call.run()
+        call.rig.models.add(NEWER)
+        await call.send("b", start=True)
+        await call.run()
+    counts = [
+        each.inference_count for each in call.statistics.message([FEATURES, NEWER]).model_stats
+    ]
+    assert counts == [0, 1]
+
+
+async def test_large_and_long_forgotten_answers_are_made_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(responses_module, "READY_MADE_MAX", 2)
+    monkeypatch.setattr(responses_module, "READY_MADE_BYTES_MAX", 4 * FEATURES.output_row_bytes)
+    call = _Call()
+    async with _served(call):
+        for number, length in enumerate((1, 2, 5, 3, 4, 1, 6)):
+            await call.send(f"{number}", *range(length), start=number == 0)
+        await call.run()
+    assert call.context.written == [(f"{number}", "") for number in range(7)]
+    assert call.context.lengths == [1, 2, 5, 3, 4, 1, 6]
 
 
 async def test_what_is_left_of_a_cancelled_stream_begins_nothing() -> None:

@@ -9,6 +9,8 @@ from conveyor_server.rpc.oip.tensors import OUTPUT, output_shape
 
 READY_MADE_MAX: Final = 64
 """Kinds of answers that a stream keeps ready."""
+READY_MADE_BYTES_MAX: Final = 64 * 2**10
+"""Larger ones are made each time: those that are kept hold the rows of the last one."""
 
 
 def response(request: Request) -> inference_pb2.ModelInferResponse:
@@ -40,7 +42,7 @@ class StreamResponses:
         assert model is not None
         key = (id(model), request.length, request.stacked)
         ready = self._ready.get(key)
-        message = self._make(key, model) if ready is None else ready[1]
+        message = self._make(request, model) if ready is None else ready[1]
         inner = message.infer_response
         inner.id = request.asked.request_id
         rows = request.rows
@@ -55,18 +57,17 @@ class StreamResponses:
             infer_response=inference_pb2.ModelInferResponse(id=request.asked.request_id),
         )
 
-    def _make(
-        self, key: tuple[int, int, bool], model: ModelInfo
-    ) -> inference_pb2.ModelStreamInferResponse:
-        _, length, stacked = key
+    def _make(self, request: Request, model: ModelInfo) -> inference_pb2.ModelStreamInferResponse:
         message = inference_pb2.ModelStreamInferResponse()
         inner = message.infer_response
-        _describe(inner, model, length, stacked=stacked)
+        _describe(inner, model, request.length, stacked=request.stacked)
         inner.parameters["triton_final_response"].bool_param = True
         inner.raw_output_contents.append(b"")
-        if len(self._ready) >= READY_MADE_MAX:
-            self._ready.clear()
-        self._ready[key] = (model, message)  # the model too, so that its id is nobody else's
+        if request.length * model.output_row_bytes <= READY_MADE_BYTES_MAX:
+            if len(self._ready) >= READY_MADE_MAX:
+                self._ready.clear()
+            # The model too, so that its id is nobody else's.
+            self._ready[id(model), request.length, request.stacked] = (model, message)
         return message
 
 

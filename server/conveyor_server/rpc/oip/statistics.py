@@ -2,11 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Final
 
 from conveyor.oip import inference_pb2
 from conveyor_server.clock import Clock
 from conveyor_server.core import ModelInfo, ModelKey
 from conveyor_server.rpc.oip.sequences import Request
+
+TALLIES_MAX: Final = 1024
+"""Versions of models that are counted; beyond it the one counted longest is forgotten."""
 
 
 @dataclass(slots=True)
@@ -59,6 +63,8 @@ class Statistics:
         tally = self._tallies.get(request.model.key)
         if tally is None:
             tally = self._tallies[request.model.key] = _Tally()
+            if len(self._tallies) > TALLIES_MAX:  # nobody asked for them for that long
+                del self._tallies[next(iter(self._tallies))]
         now = self._clock.monotonic()
         if request.error is not None:
             tally.fail.add(now - request.received_seconds)
