@@ -245,7 +245,13 @@ class StepStream:
             self._last_handle += 1
             handle, view = self._last_handle, opened.view
             self._bindings[handle] = Binding(
-                self._principal, view.session_id, view.epoch, view.model, self, handle
+                self._principal,
+                view.session_id,
+                view.epoch,
+                view.model,
+                self,
+                handle,
+                view.memory_rows,
             )
             self._handles[view.session_id, view.epoch] = handle
             self._outbox.put(partial(frames.opened, opened, self._limits, tag, handle))
