@@ -6,7 +6,7 @@ from typing import Final
 from conveyor.oip import config_pb2, inference_pb2
 from conveyor_server.config import LimitsConfig
 from conveyor_server.core import InputKind, ModelInfo
-from conveyor_server.rpc.oip.tensors import DATATYPES, INPUT, OUTPUT
+from conveyor_server.rpc.oip.tensors import DATATYPES, INPUT, MEMORY, OUTPUT
 
 PLATFORM: Final = "conveyor"
 EXTENSIONS: Final = ("sequence", "sequence(string_id)", "model_configuration", "statistics")
@@ -30,17 +30,15 @@ def model_metadata(
     """A model's tensors; their first dimension is the batch's, which a client leaves at 1."""
     tensor = inference_pb2.ModelMetadataResponse.TensorMetadata
     steps = _steps(model, limits)
+    datatype = DATATYPES[model.input_kind]
+    inputs = [tensor(name=INPUT, datatype=datatype, shape=(ANY, steps, model.input_size))]
+    if model.memory_row_size:
+        inputs.append(tensor(name=MEMORY, datatype="FP32", shape=(ANY, ANY, model.memory_row_size)))
     return inference_pb2.ModelMetadataResponse(
         name=model.key.name,
         versions=[str(version) for version in versions],
         platform=PLATFORM,
-        inputs=[
-            tensor(
-                name=INPUT,
-                datatype=DATATYPES[model.input_kind],
-                shape=(ANY, steps, model.input_size),
-            )
-        ],
+        inputs=inputs,
         outputs=[tensor(name=OUTPUT, datatype="FP32", shape=(ANY, steps, model.output_size))],
     )
 
@@ -53,35 +51,32 @@ def model_config(
     kind = config_pb2.ModelInstanceGroup.KIND_CPU
     if device.startswith("cuda"):
         kind = config_pb2.ModelInstanceGroup.KIND_GPU
-    return inference_pb2.ModelConfigResponse(
-        config=config_pb2.ModelConfig(
-            name=model.key.name,
-            platform=PLATFORM,
-            backend=PLATFORM,
-            version_policy=config_pb2.ModelVersionPolicy(all=config_pb2.ModelVersionPolicy.All()),
-            max_batch_size=1,
-            input=[
-                config_pb2.ModelInput(
-                    name=INPUT,
-                    data_type=_CONFIG_TYPES[model.input_kind],
-                    dims=(steps, model.input_size),
-                )
-            ],
-            output=[
-                config_pb2.ModelOutput(
-                    name=OUTPUT, data_type=config_pb2.TYPE_FP32, dims=(steps, model.output_size)
-                )
-            ],
-            sequence_batching=config_pb2.ModelSequenceBatching(
-                oldest=config_pb2.ModelSequenceBatching.StrategyOldest(
-                    max_candidate_sequences=min(limits.sessions_max, 2**31 - 1)
-                ),
-                max_sequence_idle_microseconds=round(limits.idle_seconds_default * 1e6),
-            ),
-            instance_group=[config_pb2.ModelInstanceGroup(name=PLATFORM, kind=kind, count=1)],
-            model_transaction_policy=config_pb2.ModelTransactionPolicy(decoupled=False),
-        )
+    config = config_pb2.ModelConfig(
+        name=model.key.name,
+        platform=PLATFORM,
+        backend=PLATFORM,
+        version_policy=config_pb2.ModelVersionPolicy(all=config_pb2.ModelVersionPolicy.All()),
+        max_batch_size=1,
+        output=[
+            config_pb2.ModelOutput(
+                name=OUTPUT, data_type=config_pb2.TYPE_FP32, dims=(steps, model.output_size)
+            )
+        ],
+        instance_group=[config_pb2.ModelInstanceGroup(name=PLATFORM, kind=kind, count=1)],
+        model_transaction_policy=config_pb2.ModelTransactionPolicy(decoupled=False),
     )
+    config.input.add(
+        name=INPUT, data_type=_CONFIG_TYPES[model.input_kind], dims=(steps, model.input_size)
+    )
+    if model.memory_row_size:
+        # Only the first request of a sequence has it.
+        dims = (ANY, model.memory_row_size)
+        config.input.add(name=MEMORY, data_type=config_pb2.TYPE_FP32, dims=dims, optional=True)
+    if model.streamable:
+        batching = config.sequence_batching
+        batching.oldest.max_candidate_sequences = min(limits.sessions_max, 2**31 - 1)
+        batching.max_sequence_idle_microseconds = round(limits.idle_seconds_default * 1e6)
+    return inference_pb2.ModelConfigResponse(config=config)
 
 
 def repository_index(models: list[ModelInfo]) -> inference_pb2.RepositoryIndexResponse:

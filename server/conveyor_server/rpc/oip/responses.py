@@ -4,8 +4,8 @@ from typing import Final
 
 from conveyor.oip import inference_pb2
 from conveyor_server.core import ModelInfo
-from conveyor_server.rpc.oip.sequences import Request
 from conveyor_server.rpc.oip.tensors import OUTPUT, output_shape
+from conveyor_server.rpc.oip.underway import Request
 
 READY_MADE_MAX: Final = 64
 """Kinds of answers that a stream keeps ready."""

@@ -6,18 +6,18 @@ goes through the scheduler's inbox in the order the requests came.
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import Any
 
 from conveyor_server.admission import check_model_name
 from conveyor_server.core import (
-    Chunk,
+    MemoryRows,
     ModelInfo,
     OpenMode,
     OpenRequest,
-    Piece,
     SessionKey,
     SessionState,
+    WholeSequence,
 )
 from conveyor_server.errors import (
     ConveyorError,
@@ -26,72 +26,19 @@ from conveyor_server.errors import (
     ModelNotStreamable,
     ServerDraining,
     SessionEnded,
+    SessionExists,
     SessionMismatch,
     SessionNotFound,
 )
 from conveyor_server.rpc.oip import refusals
 from conveyor_server.rpc.oip.requests import Asked
 from conveyor_server.rpc.oip.tensors import Steps
+from conveyor_server.rpc.oip.underway import Request
 from conveyor_server.rpc.service import Services
 from conveyor_server.rpc.streams import Streams
 from conveyor_server.scheduler.driver import Driver
 from conveyor_server.scheduler.operations import Operations
-
-
-class Waiting(Protocol):
-    """Who sent a request and waits for what becomes of it."""
-
-    def answered(self, request: "Request") -> None:
-        """It is done or it failed. Called on the scheduler's thread; must not block."""
-        ...
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """One request on its way. Implements `core.Reply` for its chunk."""
-
-    asked: Asked
-    waiting: Waiting
-    received_seconds: float
-    model: ModelInfo | None = None
-    length: int = 0
-    stacked: bool = True
-    """Whether the tensors have a dimension for steps."""
-    rows: list[bytes] = field(default_factory=list[bytes])
-    error: ConveyorError | None = None
-    done: bool = False
-    dropped: bool = False
-    """Whether nobody waits for it any more."""
-    submitted_seconds: float = 0.0
-    begun_seconds: float = 0.0
-    opening: ConveyorError | None = None
-    """Why the sequence could not be begun."""
-    sequences: "Sequences | None" = None
-    """Who is to close the session after this step."""
-    key: SessionKey = ("", "")
-
-    def piece(self, chunk: Chunk, piece: Piece) -> None:
-        """See `core.Reply`."""
-        self.rows.append(piece.rows)
-        if piece.final:
-            self.begun_seconds = chunk.begun_seconds
-            self._end()
-
-    def failed(self, chunk: Chunk, first_step: int, error: ConveyorError) -> None:
-        """See `core.Reply`."""
-        self.fail(self.opening or error)
-
-    def fail(self, error: ConveyorError) -> None:
-        """It ends here."""
-        asked = self.asked
-        self.error = refusals.translated(error, asked.model, asked.sequence)
-        self._end()
-
-    def _end(self) -> None:
-        self.done = True
-        if self.sequences is not None:
-            self.sequences.ended(self)
-        self.waiting.answered(self)
+from conveyor_server.sessions.memory import check_memory
 
 
 class Sequences:
@@ -116,10 +63,12 @@ class Sequences:
 
         Raises:
             Refusal: There is no such model or sequence, or none is named.
-            ModelNotStreamable: The model runs whole sequences only.
+            ModelNotStreamable: The model runs whole sequences only, and an id is given.
         """
         if not asked.session_id:
-            self._resolve(asked)
+            model = self._resolve(asked)
+            if not model.streamable:  # a whole sequence in one request
+                return model
             raise refusals.no_sequence_id(asked.model)
         key = (principal, asked.session_id)
         ending = self._ending.get(key)
@@ -138,10 +87,16 @@ class Sequences:
         """Hands a request in.
 
         Raises:
-            Refusal: The sequence's END was sent before.
-            InboxFull, and what `Admission.following` raises. Nothing was changed by any of them.
+            Refusal: The sequence's END was sent before, or a memory comes without START.
+            InboxFull, InvalidMemory, and what `Admission.following` and `Admission.sequence` raise.
+                Nothing was changed by any of them.
         """
+        if not model.streamable:
+            self._submit_whole(request, model, steps)
+            return
         asked = request.asked
+        if steps.memory is not None and not asked.start:
+            raise refusals.Refusal("inputs", "input 'MEMORY' goes with the START flag only")
         services = self._services
         request.model, request.length, request.stacked = model, steps.length, steps.stacked
         request.key = key = (principal, asked.session_id)
@@ -160,30 +115,79 @@ class Sequences:
         )
         request.submitted_seconds = now
         if asked.start:
-            self._driver.post(lambda operations: self._begin(operations, request, model))
+            self._driver.post(
+                lambda operations: self._begin(operations, request, model, steps.memory)
+            )
         try:
             self._driver.submit(chunk)
         except ConveyorError:
             request.dropped = True  # so that the sequence is not begun either
             raise
         if asked.end:
-            request.sequences = self
+            request.ended = self._ended
             self._ending[key] = asyncio.Event()
+
+    async def make_way(
+        self, asked: Asked, model: ModelInfo, principal: str, memory: MemoryRows | None
+    ) -> None:
+        """Ends a live sequence that a START cannot simply take back, after what is queued.
+
+        That is one that attends over a memory: the new one brings its own.
+
+        Raises:
+            InvalidMemory: It brings none. Nothing was changed.
+        """
+        if not model.memory_row_size:
+            return
+        check_memory(model, memory)
+        with suppress(SessionNotFound, SessionEnded):
+            await self._driver.call_after_queue(
+                lambda operations, future: operations.close(principal, asked.session_id, future)
+            )
+
+    def _submit_whole(self, request: Request, model: ModelInfo, steps: Steps) -> None:
+        """Hands in a sequence for a model that cannot be stepped."""
+        services, timeout = self._services, request.asked.timeout_seconds
+        services.admission.sequence(model, steps.length, steps.rows)
+        request.model, request.length, request.stacked = model, steps.length, steps.stacked
+        request.submitted_seconds = now = services.clock.monotonic()
+        request.whole = whole = WholeSequence(
+            model=model,
+            rows=steps.rows,
+            length=steps.length,
+            outputs=steps.length,
+            settle=request.settled,
+            arrived_seconds=request.received_seconds,
+            deadline_seconds=None if timeout is None else now + timeout,
+        )
+
+        def begin(operations: Operations) -> None:
+            if request.dropped:
+                return
+            try:
+                operations.predict(whole)
+            except ConveyorError as error:
+                request.fail(error)
+
+        self._driver.post(begin)
 
     def drop(self, requests: Sequence[Request]) -> None:
         """Nobody waits for these any more: what has not run of them does not."""
         replies = frozenset(requests)
-        keys = {request.key for request in requests}
+        keys = {request.key for request in requests if request.whole is None}
         for request in requests:
             request.dropped = True
 
         def drop_all(operations: Operations) -> None:
+            for request in requests:
+                if request.whole is not None:
+                    operations.drop_prediction(request.whole)
             for principal, session_id in keys:
                 operations.drop(principal, session_id, replies)
 
         self._driver.post(drop_all)
 
-    def ended(self, request: Request) -> None:
+    def _ended(self, request: Request) -> None:
         """The last request of a sequence is done or failed.
 
         One that failed for a reason that passes may be sent again, so the session stays.
@@ -208,10 +212,10 @@ class Sequences:
 
     def _resolve(self, asked: Asked) -> ModelInfo:
         model = resolve(self._driver, asked.model, asked.version)
-        if not model.streamable:
+        if asked.session_id and not model.streamable:
             raise ModelNotStreamable(
                 f"model '{asked.model}' has bidirectional or reverse layers, so it keeps no state"
-                " between requests; use Predict of conveyor.v1"
+                " between requests; send whole sequences, without a sequence_id"
             )
         return model
 
@@ -227,16 +231,27 @@ class Sequences:
             return None
         return view.model
 
-    def _begin(self, operations: Operations, request: Request, model: ModelInfo) -> None:
+    def _begin(
+        self,
+        operations: Operations,
+        request: Request,
+        model: ModelInfo,
+        memory: MemoryRows | None,
+    ) -> None:
         if request.dropped:
             return
         principal, session_id = request.key
         try:
             view = operations.get(principal, session_id)
         except (SessionNotFound, SessionEnded):
-            self._open(operations, request, model)
+            self._open(operations, request, model, memory)
             return
-        if view.model is model:
+        if memory is not None:
+            request.opening = SessionExists(
+                f"sequence {request.asked.sequence} of model '{request.asked.model}' was begun"
+                " elsewhere at the same time"
+            )
+        elif view.model is model:
             operations.reset(principal, session_id, _Opening(request))
         elif view.state is SessionState.ACTIVE:
             request.opening = SessionMismatch(
@@ -245,12 +260,23 @@ class Sequences:
             )
         else:  # of a version that is no longer the one asked for
             operations.close(principal, session_id, _Opening(request))
-            self._open(operations, request, model)
+            self._open(operations, request, model, None)
 
-    def _open(self, operations: Operations, request: Request, model: ModelInfo) -> None:
+    def _open(
+        self,
+        operations: Operations,
+        request: Request,
+        model: ModelInfo,
+        memory: MemoryRows | None,
+    ) -> None:
         principal, session_id = request.key
         wanted = OpenRequest(
-            principal, session_id, model.key.name, model.key.version, OpenMode.CREATE
+            principal,
+            session_id,
+            model.key.name,
+            model.key.version,
+            OpenMode.CREATE,
+            memory=memory,
         )
         try:
             operations.open(wanted)

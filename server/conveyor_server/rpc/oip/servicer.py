@@ -11,10 +11,11 @@ from conveyor_server.rpc.oip import describe
 from conveyor_server.rpc.oip.refusals import Refusal
 from conveyor_server.rpc.oip.requests import read, version_of
 from conveyor_server.rpc.oip.responses import response
-from conveyor_server.rpc.oip.sequences import Request, Sequences, resolve
+from conveyor_server.rpc.oip.sequences import Sequences, resolve
 from conveyor_server.rpc.oip.statistics import Statistics
 from conveyor_server.rpc.oip.stream import InferStream
 from conveyor_server.rpc.oip.tensors import check_outputs, read_steps
+from conveyor_server.rpc.oip.underway import Request
 from conveyor_server.rpc.oip.unsupported import UnsupportedCalls
 from conveyor_server.rpc.service import Context, Services
 from conveyor_server.rpc.streams import Streams
@@ -115,7 +116,7 @@ class InferenceServicer(UnsupportedCalls):
         one = Request(asked, single, received)
         try:
             one.model = await self._sequences.model_of(asked, principal())
-            self._submit(one, one.model, request)
+            await self._submit(one, one.model, request)
             await single.future
         except ConveyorError as error:
             one.error = error
@@ -142,12 +143,15 @@ class InferenceServicer(UnsupportedCalls):
 
     # --- helpers ---------------------------------------------------------------------------------
 
-    def _submit(
+    async def _submit(
         self, one: Request, model: ModelInfo, message: inference_pb2.ModelInferRequest
     ) -> None:
         check_outputs(message, model)
         steps = read_steps(message, model, self._services.admission)
-        self._sequences.submit(one, model, principal(), steps)
+        caller = principal()
+        if one.asked.start:
+            await self._sequences.make_way(one.asked, model, caller, steps.memory)
+        self._sequences.submit(one, model, caller, steps)
 
     def _resolve(self, name: str, version: str) -> ModelInfo:
         return resolve(self._driver, name, version_of(version) if version else None)
@@ -166,7 +170,7 @@ class _Single:
         self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def answered(self, request: Request) -> None:
-        """See `sequences.Waiting`."""
+        """See `underway.Waiting`."""
         if self.future.done():  # the call was cancelled
             return
         if request.error is None:

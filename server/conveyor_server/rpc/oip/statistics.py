@@ -7,7 +7,7 @@ from typing import Final
 from conveyor.oip import inference_pb2
 from conveyor_server.clock import Clock
 from conveyor_server.core import ModelInfo, ModelKey
-from conveyor_server.rpc.oip.sequences import Request
+from conveyor_server.rpc.oip.underway import Request
 
 TALLIES_MAX: Final = 1024
 """Versions of models that are counted; beyond it the one counted longest is forgotten."""

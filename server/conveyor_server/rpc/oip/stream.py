@@ -15,9 +15,10 @@ from conveyor_server.errors import ConveyorError, ServerDraining
 from conveyor_server.metrics import Metrics
 from conveyor_server.rpc.oip.requests import Asked, read, unread
 from conveyor_server.rpc.oip.responses import StreamResponses
-from conveyor_server.rpc.oip.sequences import Request, Sequences
+from conveyor_server.rpc.oip.sequences import Sequences
 from conveyor_server.rpc.oip.statistics import Statistics
 from conveyor_server.rpc.oip.tensors import Steps, check_outputs, read_steps
+from conveyor_server.rpc.oip.underway import Request
 from conveyor_server.rpc.outbox import Outbox, first_of
 from conveyor_server.rpc.service import Context, Services
 from conveyor_server.rpc.streams import Streams
@@ -148,7 +149,7 @@ class InferStream:
         self._stopping.set()
 
     def answered(self, request: Request) -> None:
-        """See `sequences.Waiting`."""
+        """See `underway.Waiting`."""
         if request.error is not None:
             self.known.pop(request.asked.session_id, None)
         self._answers.done(request)
@@ -194,6 +195,8 @@ class InferStream:
             wanted = _answer_bytes(asked) + steps.length * model.output_row_bytes
             if not self._room_for(wanted):
                 await self._wait_for_room(wanted)
+            if asked.start and model.memory_row_size:
+                await self._make_way(asked, model, steps)
             self._submit(request, model, steps)
         except ConveyorError as error:
             await self._refuse(request, error)
@@ -212,7 +215,7 @@ class InferStream:
         self._sequences.submit(request, model, self._principal, steps)
         if asked.end:
             self.known.pop(asked.session_id, None)
-        elif asked.start or asked.session_id not in self.known:
+        elif asked.session_id and (asked.start or asked.session_id not in self.known):
             self.known[asked.session_id] = model
             if len(self.known) > SEQUENCES_KNOWN_MAX:
                 self.known.popitem(last=False)
@@ -221,6 +224,10 @@ class InferStream:
         """Waits, if it has to, for what other streams do to the sequence."""
         self._answers.held = False
         return await self._sequences.model_of(asked, self._principal)
+
+    async def _make_way(self, asked: Asked, model: ModelInfo, steps: Steps) -> None:
+        self._answers.held = False
+        await self._sequences.make_way(asked, model, self._principal, steps.memory)
 
     def _room_for(self, wanted_bytes: int) -> bool:
         owed = self._answers.size_bytes

@@ -13,11 +13,14 @@ import numpy.typing as npt
 
 from conveyor.oip import inference_pb2
 from conveyor_server.admission import Admission
-from conveyor_server.core import InputKind, ModelInfo
+from conveyor_server.core import InputKind, MemoryRows, ModelInfo
 from conveyor_server.errors import InvalidShape, NotSupported, TokenOutOfRange
 from conveyor_server.rpc.oip.refusals import Refusal, no_shared_memory, shown
+from conveyor_server.sessions.memory import check_memory
 
 INPUT: Final = "INPUT"
+MEMORY: Final = "MEMORY"
+"""What a model with attention looks at: given with the START of a sequence."""
 OUTPUT: Final = "OUTPUT"
 DATATYPES: Final = {InputKind.FEATURES: "FP32", InputKind.TOKENS: "INT32"}
 _RAW: Final = {
@@ -58,33 +61,37 @@ class Steps:
     rows: bytes
     stacked: bool
     """Whether the tensor has a dimension for steps; without one it is one step."""
+    memory: MemoryRows | None = None
+    """What the sequence is to attend over."""
 
 
 def read_steps(
     message: inference_pb2.ModelInferRequest, model: ModelInfo, admission: Admission
 ) -> Steps:
-    """Reads a request's one input.
+    """Reads a request's inputs.
 
     Raises:
         Refusal: An input too many, too few or of a wrong name, shape or type.
-        InvalidShape, TokenOutOfRange, MessageTooLarge, NotSupported.
+        InvalidShape, InvalidMemory, MemoryTooLarge, TokenOutOfRange, NonFiniteInput,
+        MessageTooLarge, NotSupported.
     """
-    tensor = _only_input(message, model)
+    position, memory_position = _positions(message, model)
+    tensor = message.inputs[position]
     length, stacked = _steps(tensor, model)
-    raw = message.raw_input_contents
-    if not raw:
-        return Steps(length, _typed_rows(tensor, model, length), stacked)
-    if len(raw) != 1 or tensor.HasField("contents"):
-        raise Refusal(
-            "raw_input_contents",
-            f"input '{INPUT}' of model '{model.key.name}' must have either contents or one"
-            " entry of raw_input_contents",
-        )
-    payload = raw[0]
-    admission.message(payload)
-    if tensor.datatype == DATATYPES[model.input_kind]:
-        return Steps(length, payload, stacked)
-    return Steps(length, _converted(_raw_values(tensor, payload, model), model, length), stacked)
+    payload = _payload(message, position, model)
+    memory = None
+    if memory_position is not None:
+        memory = _memory(message, memory_position, model)
+        admission.memory(memory, payload or b"")
+    if payload is None:
+        rows = _converted(_typed_values(tensor, model), model, length)
+    elif tensor.datatype == DATATYPES[model.input_kind]:
+        admission.message(payload)
+        rows = payload
+    else:
+        admission.message(payload)
+        rows = _converted(_raw_values(tensor, payload, model), model, length)
+    return Steps(length, rows, stacked, memory)
 
 
 def check_outputs(message: inference_pb2.ModelInferRequest, model: ModelInfo) -> None:
@@ -107,21 +114,66 @@ def check_outputs(message: inference_pb2.ModelInferRequest, model: ModelInfo) ->
                 raise NotSupported(f"output '{OUTPUT}': this server gives values, not classes")
 
 
-def _only_input(message: inference_pb2.ModelInferRequest, model: ModelInfo) -> Tensor:
+def _positions(
+    message: inference_pb2.ModelInferRequest, model: ModelInfo
+) -> tuple[int, int | None]:
+    """Where among the inputs stand the steps, and the memory if there is one."""
     inputs = message.inputs
-    if len(inputs) != 1:
+    if len(inputs) == 1 and inputs[0].name == INPUT and not inputs[0].parameters:
+        return 0, None
+    positions: dict[str, int] = {}
+    names = (INPUT, MEMORY) if model.memory_row_size else (INPUT,)
+    for position, tensor in enumerate(inputs):
+        if tensor.name not in names or tensor.name in positions:
+            raise Refusal(
+                "inputs",
+                f"unexpected inference input '{shown(tensor.name)}' for model '{model.key.name}'",
+            )
+        if tensor.parameters and "shared_memory_region" in tensor.parameters:
+            raise no_shared_memory(tensor.name)
+        positions[tensor.name] = position
+    if INPUT not in positions:
+        raise Refusal("inputs", f"model '{model.key.name}' needs input '{INPUT}'")
+    return positions[INPUT], positions.get(MEMORY)
+
+
+def _payload(
+    message: inference_pb2.ModelInferRequest, position: int, model: ModelInfo
+) -> bytes | None:
+    """An input's raw elements; None: they are typed."""
+    raw, tensor = message.raw_input_contents, message.inputs[position]
+    if not raw:
+        return None
+    if len(raw) != len(message.inputs) or tensor.HasField("contents"):
         raise Refusal(
-            "inputs", f"expected 1 inputs but got {len(inputs)} inputs for model '{model.key.name}'"
+            "raw_input_contents",
+            f"input '{tensor.name}' of model '{model.key.name}' must have either contents or one"
+            " entry of raw_input_contents",
         )
-    tensor = inputs[0]
-    if tensor.name != INPUT:
-        raise Refusal(
-            "inputs",
-            f"unexpected inference input '{shown(tensor.name)}' for model '{model.key.name}'",
+    return raw[position]
+
+
+def _memory(
+    message: inference_pb2.ModelInferRequest, position: int, model: ModelInfo
+) -> MemoryRows:
+    """What a sequence is to attend over: [1, rows, row's size] or, of one row, [1, row's size]."""
+    tensor, size = message.inputs[position], model.memory_row_size
+    shape = tuple(tensor.shape)
+    if len(shape) not in (2, 3) or shape[0] != 1 or shape[-1] != size or min(shape) < 0:
+        raise InvalidShape(
+            f"unexpected shape for input '{MEMORY}' for model '{model.key.name}'. Expected"
+            f" [1,-1,{size}], got [{shown(','.join(map(str, shape)))}]"
         )
-    if tensor.parameters and "shared_memory_region" in tensor.parameters:
-        raise no_shared_memory(INPUT)
-    return tensor
+    payload = _payload(message, position, model)
+    if payload is None:
+        rows = _as_floats(_typed_values(tensor, model))
+    elif tensor.datatype == "FP32":
+        rows = payload
+    else:
+        rows = _as_floats(_raw_values(tensor, payload, model))
+    memory = MemoryRows(shape[1] if len(shape) == 3 else 1, rows)
+    check_memory(model, memory)
+    return memory
 
 
 def _steps(tensor: Tensor, model: ModelInfo) -> tuple[int, bool]:
@@ -145,22 +197,22 @@ def _steps(tensor: Tensor, model: ModelInfo) -> tuple[int, bool]:
     return (shape[1], True) if len(shape) == 3 else (1, False)
 
 
-def _typed_rows(tensor: Tensor, model: ModelInfo, length: int) -> bytes:
+def _typed_values(tensor: Tensor, model: ModelInfo) -> npt.NDArray[Any]:
     field = _TYPED.get(tensor.datatype)
-    if field is None:
+    if field is None or (tensor.datatype == "BYTES" and not _takes_labels(tensor, model)):
         raise _wrong_type(tensor, model)
     values: Any = getattr(tensor.contents, field)
     if tensor.datatype == "BYTES":
-        return _converted(_labelled(list(values), tensor, model), model, length)
+        return _labelled(list(values), model)
     try:
-        return _converted(np.array(list(values), dtype=_RAW[tensor.datatype]), model, length)
+        return np.array(list(values), dtype=_RAW[tensor.datatype])
     except OverflowError as error:  # int_contents hold more than an INT8 does
         raise Refusal("contents", f"an element is outside {tensor.datatype}") from error
 
 
 def _raw_values(tensor: Tensor, payload: bytes, model: ModelInfo) -> npt.NDArray[Any]:
-    if tensor.datatype == "BYTES":
-        return _labelled(_elements(payload), tensor, model)
+    if tensor.datatype == "BYTES" and _takes_labels(tensor, model):
+        return _labelled(_elements(payload), model)
     if tensor.datatype == "BF16":
         high = np.frombuffer(payload[: len(payload) // 2 * 2], dtype="<u2").astype("<u4")
         return (high << 16).view(_FLOAT32)
@@ -168,7 +220,7 @@ def _raw_values(tensor: Tensor, payload: bytes, model: ModelInfo) -> npt.NDArray
     if dtype is None:
         raise _wrong_type(tensor, model)
     if len(payload) % dtype.itemsize:
-        raise InvalidShape(f"input '{INPUT}': {len(payload)} bytes are not whole elements")
+        raise InvalidShape(f"input '{tensor.name}': {len(payload)} bytes are not whole elements")
     return np.frombuffer(payload, dtype=dtype)
 
 
@@ -179,8 +231,7 @@ def _converted(values: npt.NDArray[Any], model: ModelInfo, length: int) -> bytes
             f" {length * model.input_size}"
         )
     if model.input_kind is InputKind.FEATURES:
-        with np.errstate(over="ignore", invalid="ignore"):  # admission refuses what is not finite
-            return values.astype(_FLOAT32).tobytes()
+        return _as_floats(values)
     if values.dtype.kind not in "iu":
         raise Refusal(
             "inputs",
@@ -193,6 +244,11 @@ def _converted(values: npt.NDArray[Any], model: ModelInfo, length: int) -> bytes
             vocabulary_size=model.vocabulary_size,
         )
     return values.astype("<i4").tobytes()
+
+
+def _as_floats(values: npt.NDArray[Any]) -> bytes:
+    with np.errstate(over="ignore", invalid="ignore"):  # admission refuses what is not finite
+        return values.astype(_FLOAT32).tobytes()
 
 
 def _elements(payload: bytes) -> list[bytes]:
@@ -210,10 +266,12 @@ def _elements(payload: bytes) -> list[bytes]:
     return elements
 
 
-def _labelled(elements: list[bytes], tensor: Tensor, model: ModelInfo) -> npt.NDArray[Any]:
-    """Tokens by their labels, for a model that has them."""
-    if model.input_kind is not InputKind.TOKENS or not model.input_labels:
-        raise _wrong_type(tensor, model)
+def _takes_labels(tensor: Tensor, model: ModelInfo) -> bool:
+    return tensor.name == INPUT and bool(model.vocabulary_size and model.input_labels)
+
+
+def _labelled(elements: list[bytes], model: ModelInfo) -> npt.NDArray[Any]:
+    """Tokens by their labels."""
     tokens = {label.encode(): token for token, label in enumerate(model.input_labels)}
     try:
         return np.array([tokens[element] for element in elements], dtype="<i4")
@@ -225,10 +283,11 @@ def _labelled(elements: list[bytes], tensor: Tensor, model: ModelInfo) -> npt.ND
 
 
 def _wrong_type(tensor: Tensor, model: ModelInfo) -> Refusal:
+    expected = DATATYPES[model.input_kind] if tensor.name == INPUT else "FP32"
     return Refusal(
         "inputs",
-        f"inference input '{INPUT}' data-type is '{shown(tensor.datatype)}', but model"
-        f" '{model.key.name}' expects '{DATATYPES[model.input_kind]}'",
+        f"inference input '{tensor.name}' data-type is '{shown(tensor.datatype)}', but model"
+        f" '{model.key.name}' expects '{expected}'",
     )
 
 
