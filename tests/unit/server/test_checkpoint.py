@@ -231,3 +231,56 @@ def test_a_snapshot_cannot_bring_in_an_id_that_could_not_be_opened(session_id: s
     with pytest.raises(SnapshotCorrupt):
         imported(rig, sealed(header_json(session_id=session_id)), session_id="")
     assert len(rig.scheduler.sessions) == 0
+
+
+MEMORY = struct.pack("<6f", *range(6))
+REMEMBERED = Checkpoint(replace(HEADER, memory_bytes=len(MEMORY)), CARRY, MEMORY)
+
+
+@given(carry=st.binary(max_size=100), memory=st.binary(max_size=100))
+def test_a_record_with_a_memory_is_read_as_it_was_written(carry: bytes, memory: bytes) -> None:
+    header = replace(HEADER, carry_bytes=len(carry), memory_bytes=len(memory))
+    checkpoint = Checkpoint(header, carry, memory)
+    record = encode(checkpoint)
+    assert decode(record) == checkpoint
+    assert record[4] == (MEMORY_FORMAT_VERSION if memory else FORMAT_VERSION)
+
+
+def test_every_truncated_or_altered_record_with_a_memory_is_refused() -> None:
+    record = encode(REMEMBERED)
+    for position in range(len(record)):
+        altered = bytearray(record)
+        altered[position] ^= 16
+        for damaged in (record[:position], bytes(altered)):
+            with pytest.raises(REFUSALS):
+                decode(damaged)
+
+
+@pytest.mark.parametrize(
+    ("version", "changes"),
+    [
+        (FORMAT_VERSION, {"memory_bytes": 0}),
+        (MEMORY_FORMAT_VERSION, {}),
+        (MEMORY_FORMAT_VERSION, {"memory_bytes": 4}),
+        (MEMORY_FORMAT_VERSION, {"memory_bytes": -24, "carry_bytes": 56}),
+        (MEMORY_FORMAT_VERSION, {"memory_bytes": 24.0}),
+    ],
+    ids=["known too early", "missing", "of another size", "below 0", "a fraction"],
+)
+def test_a_wrong_memory_in_a_header_is_refused(version: int, changes: dict[str, Any]) -> None:
+    with pytest.raises(SnapshotCorrupt):
+        decode(sealed(header_json(**changes), CARRY, version))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_memory_that_is_not_finite_is_corrupt(value: str) -> None:
+    memory = MEMORY[:-4] + struct.pack("<f", float(value))
+    model = replace(FEATURES, memory_row_size=3, memory_rows_max=5)
+    check_fits(REMEMBERED, model)
+    with pytest.raises(SnapshotCorrupt):
+        check_fits(replace(REMEMBERED, memory=memory), model)
+
+
+def test_a_memory_of_a_model_without_attention_is_incompatible() -> None:
+    with pytest.raises(SnapshotIncompatible):
+        check_fits(REMEMBERED, FEATURES)
