@@ -349,7 +349,8 @@ async def test_a_stopping_server_answers_what_it_took_and_is_unavailable(
             await busy.send("heavy", HEAVY, 1, start=True)
 
             async def begun() -> bool:
-                return (await wire.get("oip.i:heavy:1")).applied_step > 0
+                live = await sessions(wire)
+                return "oip.i:heavy:1" in live and live["oip.i:heavy:1"].applied_step > 0
 
             await until(begun)
             server.signal(signal.SIGTERM)
