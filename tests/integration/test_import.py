@@ -21,7 +21,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from conveyor_client import aio
+from conveyor_client import ModelNotStreamable, aio
 from conveyor_models import load_bundle, scan
 from tests.integration.conftest import StartServer
 from tests.integration.process import run_command
@@ -169,6 +169,25 @@ async def test_served_step_by_step_and_in_chunks_it_is_what_its_framework_says(
             whole = await client.predict(name, case.x)
             for found in (np.stack(single), np.concatenate(chunks), whole):
                 assert error(found, case.expected) < ERROR_MAX, name
+
+
+async def test_predict_runs_both_directions_and_a_session_is_refused(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    module = nn.GRU(3, 5, 2, bidirectional=True)
+    torch.save(module.state_dict(), tmp_path / "both.pt")
+    x = torch.randn(STEPS, 1, 3)
+    with torch.no_grad():
+        expected = module(x)[0][:, 0].numpy()
+    case = Case(tmp_path / "both.pt", (), x[:, 0].numpy(), expected)
+    done = import_file(case, "both", tmp_path / "models")
+    assert done.returncode == 0, done.stderr
+    assert "Predict runs it" in done.stdout
+    server = start_server(models=tmp_path / "models")
+    async with aio.Client(server.address) as client:
+        assert error(await client.predict("both", case.x), expected) < ERROR_MAX
+        with pytest.raises(ModelNotStreamable):
+            await client.session("both").open()
 
 
 def test_the_command_says_what_it_understood(cases: dict[str, Case], tmp_path: Path) -> None:

@@ -99,7 +99,12 @@ class Residency:
         return Checkpoint(_header(session), carry)
 
     def place(self, session: Session, carry: bytes, step: int) -> None:
-        """Gives a new session a carry, in the store: it may wait long for its first step."""
+        """Gives a new session a carry, in the store: it may wait long for its next step.
+
+        Before its first step it has the initial one, which the engine knows and a record need not.
+        """
+        if not step:
+            return
         session.applied = step
         self._store.put(session.key, encode(Checkpoint(_header(session), carry)))
         session.paged_tier = Tier.HOST
@@ -121,6 +126,7 @@ class Residency:
     def _carry(self, session: Session) -> bytes:
         if session.slot is not None:
             return self._engine.read(session.model.key, session.slot)
+        # Zeros stand for the initial carry, whatever it is: see `place`.
         return self._stored(session) or bytes(session.model.carry_bytes)
 
     def _stored(self, session: Session) -> bytes | None:
