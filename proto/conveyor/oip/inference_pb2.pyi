@@ -772,7 +772,7 @@ class InferStatistics(_message.Message):
 
     @_builtins.property
     def compute_infer(self) -> Global___StatisticDuration:
-        """From the first engine call to the last result."""
+        """From the first engine call until the answer is begun."""
 
     @_builtins.property
     def compute_output(self) -> Global___StatisticDuration:
@@ -1057,7 +1057,7 @@ class RepositoryIndexResponse(_message.Message):
         name: _builtins.str
         version: _builtins.str
         state: _builtins.str
-        """READY, or UNAVAILABLE for a version that only serves what it has."""
+        """READY: only versions that take new sequences are listed."""
         reason: _builtins.str
         def __init__(
             self,

@@ -194,21 +194,17 @@ class Sequences:
         """
         error = request.error
         if error is not None and not isinstance(error, DataLost):
-            self._settle(request.key)
+            self.settle(request.key)
             return
         principal, session_id = request.key
         closing = _Closing(self, request.key)
         self._driver.post(lambda operations: operations.close(principal, session_id, closing))
 
-    def _settle(self, key: SessionKey) -> None:
+    def settle(self, key: SessionKey) -> None:
         """An END is over; a later START may go on."""
         ending = self._ending.pop(key, None)
         if ending is not None:
             ending.set()
-
-    def settled(self, key: SessionKey) -> None:
-        """A session is closed."""
-        self._settle(key)
 
     def _resolve(self, asked: Asked) -> ModelInfo:
         model = resolve(self._driver, asked.model, asked.version)
@@ -320,7 +316,7 @@ class _Closing:
         self._key = key
 
     def set_result(self, result: Any) -> None:
-        self._sequences.settled(self._key)
+        self._sequences.settle(self._key)
 
     def set_exception(self, exception: ConveyorError) -> None:
-        self._sequences.settled(self._key)
+        self._sequences.settle(self._key)

@@ -155,8 +155,9 @@ class InferStream:
         self._answers.done(request)
 
     async def _stop(self) -> None:
+        answers = self._answers
         await self._stopping.wait()
-        await self._answers.until(lambda: self._answers.empty)
+        await answers.until(lambda: answers.empty and not answers.blocked)
         raise ServerDraining
 
     async def _read(self) -> None:
