@@ -133,7 +133,7 @@ class LimitsConfig(_Section):
     stream_sessions_max: int = Field(default=4_096, ge=1)
     """Sessions open on one stream."""
     streams_max: int = Field(default=4_096, ge=1)
-    """StreamSteps calls at once."""
+    """StreamSteps and ModelStreamInfer calls at once."""
     concurrent_calls_max: int = Field(default=16_384, ge=1)
     """Calls of all kinds at once; beyond it the transport itself refuses."""
     memory_rows_max: int = Field(default=4_096, ge=1)

@@ -25,7 +25,7 @@ UNKNOWN_METHOD: Final = "unknown"
 _BEARER: Final = "Bearer "
 STATUS_SECONDS_MAX: Final = 30.0
 """For a client to take the status of a call that was refused, behind what it has not read."""
-_OURS: Final = "conveyor."
+_OURS: Final = ("conveyor.", "inference.")
 _OPEN_TO_ALL: Final = "/grpc.health.v1.Health/"
 
 _principal: contextvars.ContextVar[str] = contextvars.ContextVar("principal", default=ANONYMOUS)

@@ -350,6 +350,7 @@ class Scheduler:
             row_bytes = model.input_row_bytes
             rows = rows[chunk.done * row_bytes : (chunk.done + steps) * row_bytes]
         if not chunk.done:
+            chunk.begun_seconds = self._now
             self.metrics.queue_seconds.observe(self._now - chunk.arrived_seconds, model.key.name)
         assert session.slot is not None
         session.running = True
