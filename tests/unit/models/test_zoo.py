@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,8 +13,9 @@ import pytest
 import torch
 
 from conveyor_models import Bundle, load_bundle, scan
+from tests.support.zoo import ZOO, card, script
 
-ZOO = Path(__file__).parents[3] / "models" / "zoo"
+MODELS = ("letters", "spell", "temperature")
 WEIGHTS_BYTES_MAX = 3_000_000
 TEMPERATURE_TOLERANCE_F = 0.002
 """The card is rounded to 0.001; another processor may round a little differently."""
@@ -23,32 +23,10 @@ LETTERS_TOLERANCE_BITS = 0.1
 """A sample of the held-out text, and that of another Python version, differ by less."""
 
 
-def _module(model: str, name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A script of the zoo, which is no package: its siblings are importable while it loads."""
-    path = ZOO / model / f"{name}.py"
-    monkeypatch.syspath_prepend(path.parent)
-    for sibling in path.parent.glob("*.py"):
-        monkeypatch.delitem(sys.modules, sibling.stem, raising=False)
-    spec = importlib.util.spec_from_file_location(f"zoo_{model}_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _card(model: str) -> list[list[str]]:
-    """The cells of every row of every table of a card."""
-    lines = (ZOO / model / "CARD.md").read_text().splitlines()
-    rows = [line.strip("|").split("|") for line in lines if line.startswith("|")]
-    return [[cell.strip() for cell in row] for row in rows]
-
-
 @pytest.fixture(scope="module")
 def letters_train() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
-        yield _module("letters", "train", patch)
+        yield script("letters", "train", patch)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +38,7 @@ def corpus(letters_train: ModuleType) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def temperature_train() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
-        yield _module("temperature", "train", patch)
+        yield script("temperature", "train", patch)
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +56,13 @@ def temperature() -> Bundle:
     return load_bundle(ZOO / "temperature")
 
 
-def test_the_zoo_is_a_repository_of_two_models() -> None:
+def test_the_zoo_is_a_repository() -> None:
     listing = scan(ZOO)
     assert listing.problems == ()
-    assert listing.names == ("letters", "temperature")
+    assert listing.names == MODELS
 
 
-@pytest.mark.parametrize("model", ["letters", "temperature"])
+@pytest.mark.parametrize("model", MODELS)
 def test_shipped_bundles_are_small_and_described(model: str) -> None:
     bundle = load_bundle(ZOO / model)
     assert (ZOO / model / "weights.safetensors").stat().st_size < WEIGHTS_BYTES_MAX
@@ -99,7 +77,7 @@ def test_the_two_models_use_every_option_of_a_layer(letters: Bundle, temperature
 
 def test_the_card_of_temperature(temperature: Bundle, temperature_train: ModuleType) -> None:
     train = temperature_train
-    said = {(row[0], row[1]): row[2:] for row in _card("temperature") if len(row) == 5}
+    said = {(row[0], row[1]): row[2:] for row in card("temperature") if len(row) == 5}
     for station in train.data.STATIONS:
         scores = train.scores(temperature, station)
         for name, errors in scores.items():
@@ -120,7 +98,7 @@ def test_the_card_of_letters(
     streams = [tokens[at : at + 500] for at in range(0, len(tokens) - 500, 5_000)]
     sample = [token for stream in streams for token in stream]
     bits = train.bits_per_character(letters, sample, streams=len(streams))
-    said = {row[0]: float(row[1]) for row in _card("letters") if row[0] in _MODELS}
+    said = {row[0]: float(row[1]) for row in card("letters") if row[0] in _MODELS}
     assert bits == pytest.approx(said["letters"], abs=LETTERS_TOLERANCE_BITS)
     assert said["letters"] < said["interpolated 5-gram"] < said["unigram"]
     assert train.unigram_bits(tokens, sample, len(labels)) == pytest.approx(
