@@ -39,6 +39,8 @@ check: $(DEV) ## lint, format, types, import contracts, contract, generated code
 	$(BIN)/python scripts/proto.py lint
 	$(BIN)/python scripts/proto.py check
 	$(BIN)/python scripts/compose.py lint
+	$(BIN)/python scripts/dashboards.py check
+	$(BIN)/python scripts/rules.py check
 
 compose-check: $(DEV) ## build and start the containers, stream through them (needs a Docker engine)
 	$(BIN)/python scripts/compose.py check

@@ -9,6 +9,7 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Final
 from wsgiref.simple_server import WSGIServer
@@ -35,6 +36,14 @@ GIL_SWITCH_SECONDS: Final = 0.0005
 
 The default of 5 ms would be felt between the event loop and the engine's thread.
 """
+SERVER_LIMITS: Final = (
+    "sessions_max",
+    "streams_max",
+    "inbox_chunks_max",
+    "host_state_bytes_max",
+    "held_results_total_bytes_max",
+)
+"""Settings of `limits` that a gauge of the whole server can be held against."""
 _log = logging.getLogger(__name__)
 
 
@@ -205,13 +214,26 @@ class App:
             (),
             lambda: [((), inbox.chunks)],
         )
-        if self._device.type == "cuda":
-            gauge(
-                "conveyor_device_memory_bytes",
-                "Memory of the device.",
-                ("state",),
-                self._engine.device_memory,
-            )
+        gauge(
+            "conveyor_device_memory_bytes",
+            "Memory of the CUDA device.",
+            ("state",),
+            self._engine.device_memory if self._device.type == "cuda" else list,
+        )
+        limits = self._config.limits
+        info = (metadata.version("conveyor"), str(self._device))
+        gauge(
+            "conveyor_limit",
+            "Limits of the whole server.",
+            ("setting",),
+            lambda: [((name,), getattr(limits, name)) for name in SERVER_LIMITS],
+        )
+        gauge(
+            "conveyor_info",
+            "Always 1; the labels say what runs.",
+            ("version", "device"),
+            lambda: [(info, 1)],
+        )
 
     def _read_sessions(self) -> Iterable[tuple[Labels, float]]:
         counts = Counter(session.state for session in self._scheduler.sessions)
