@@ -15,7 +15,7 @@ from bench.processes import conveyor_server, null_server
 from bench.result import Line, middle
 
 SERVED = ("streams", "chunks", "many", "unary")
-GROUPS = (*SERVED, "engine")
+GROUPS = (*SERVED, "engine", "families")
 
 
 def main() -> None:
@@ -46,6 +46,10 @@ def main() -> None:
             from bench import engine  # onnx and torch: not beside a load that is measured
 
             lines += engine.run(bundle, rounds=options.rounds, seconds=options.seconds, say=_say)
+        if "families" in groups:
+            from bench import families
+
+            lines += families.run(rounds=options.rounds, seconds=options.seconds, say=_say)
     report.show(console, lines)
     _say_machine(console, lines)
     if options.json is not None:

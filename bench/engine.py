@@ -68,14 +68,15 @@ def _measure(
     measured: list[list[Measured]] = [[] for _ in contenders]
     for _ in range(rounds):
         for contender, found in zip(contenders, measured, strict=True):
-            found.append(_round(contender.run, sessions * steps, seconds))
+            found.append(measured_round(contender.run, sessions * steps, seconds))
     return [
         Line(name, contenders[0].name, contender.name, measured[0], found)
         for contender, found in zip(contenders[1:], measured[1:], strict=True)
     ]
 
 
-def _round(run: Callable[[], Any], steps: int, seconds: float) -> Measured:
+def measured_round(run: Callable[[], Any], steps: int, seconds: float) -> Measured:
+    """Calls ``run``, which does ``steps`` steps, for so long."""
     for _ in range(CALLS_WARM):
         run()
     times: list[float] = []

@@ -3,6 +3,7 @@
 from conveyor_models.attention import AttentionWeights, Memory, attend, attention_memory
 from conveyor_models.bundle import Bundle, digest_of, load_bundle, load_spec, save_bundle
 from conveyor_models.cells import (
+    CellWeights,
     GateFunction,
     GruWeights,
     HiddenCarry,
@@ -23,7 +24,13 @@ from conveyor_models.errors import (
 )
 from conveyor_models.from_torch import weights_from_torch
 from conveyor_models.layers import GruLayer, Layer, LstmLayer, RecurrentLayer, RnnLayer
-from conveyor_models.network import Carry, Network
+from conveyor_models.network import (
+    Carry,
+    Network,
+    attention_weights,
+    cell_weights,
+    layer_tensors,
+)
 from conveyor_models.repository import FoundBundle, RepositoryListing, scan
 from conveyor_models.spec import AttentionSpec, ModelSpec, parse_spec
 
@@ -34,6 +41,7 @@ __all__ = [
     "BundleError",
     "BundleFileError",
     "Carry",
+    "CellWeights",
     "FoundBundle",
     "GateFunction",
     "GruLayer",
@@ -56,8 +64,11 @@ __all__ = [
     "WeightsError",
     "attend",
     "attention_memory",
+    "attention_weights",
+    "cell_weights",
     "digest_of",
     "gru_cell",
+    "layer_tensors",
     "load_bundle",
     "load_spec",
     "lstm_cell",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from conveyor_models import load_bundle
 from conveyor_server.engine import engine as engine_module
-from conveyor_server.engine import lstm, runner
+from conveyor_server.engine import packing
 from conveyor_server.engine.engine import SameBitsError, TorchEngine
 from conveyor_server.engine.probe import same_bits
 from conveyor_server.engine.products import BlockedFamily, Product, ProductFamily
@@ -182,8 +182,7 @@ def test_sizes_not_padded_break_the_promise_and_the_property_finds_it(
     _skip_unless_remainders_differ()
     family = families(1)[-1]
     with monkeypatch.context() as patch:
-        patch.setattr(lstm, "padded", lambda size: size)
-        patch.setattr(runner, "padded", lambda size: size)
+        patch.setattr(packing, "LANE", 1)
         found = _counterexample(family)
     assert difference(found, family) is None
 

@@ -8,8 +8,7 @@ from typing import TypeAlias
 from conveyor_models import Bundle, BundleError, ModelSpec, load_bundle, scan
 from conveyor_models.repository import FoundBundle
 from conveyor_server.core import ELEMENT_BYTES, InputKind, LayerInfo, ModelInfo, ModelKey
-from conveyor_server.engine.engine import SameBitsError, TorchEngine
-from conveyor_server.engine.runner import ModelRunner
+from conveyor_server.engine.engine import Runner, SameBitsError, TorchEngine
 
 Fingerprint: TypeAlias = tuple[tuple[int, int, int], ...]
 """See `FoundBundle.fingerprint`."""
@@ -29,7 +28,7 @@ class Loaded:
     """A model ready to be put into service."""
 
     info: ModelInfo
-    runner: ModelRunner
+    runner: Runner
 
 
 @dataclass(slots=True)

@@ -1,181 +1,94 @@
-"""The LSTM layer over a ragged batch.
+"""The LSTM layer, with or without peepholes, coupling and projection.
 
-`conveyor_models.cells` states the equations; this computes them fast. Three things differ from the
-plain statement, none of them in what is computed:
-
-* tanh(x) = 2 s(2x) - 1, with the 2 folded into the candidate's weights, so that one logistic
-  function over all four gates does. It is several times faster than tanh on CPUs without Intel's
-  vector library, and a doubling is exact.
-* Input and h are multiplied together, [x; h] by [Wx Wh], and the logistic function is part of the
-  product: below a few dozen sessions a step costs what its calls cost, so there are few.
-* Sizes are rounded up to `LANE` units of zero weight, so that every element-wise kernel runs in
-  whole vectors: its scalar remainder loop gives other last bits, and where the remainder falls
-  depends on the number of rows. The added units are exactly 0 for ever:
-  c' = 0.5 * 0 + 0.5 * (2 * 0.5 - 1) = 0 and h' = 0.5 * (2 * 0.5 - 1) = 0.
+`conveyor_models.cells` states the equations; this computes them fast, see `engine.feeds` and
+`engine.functions`.
 """
-
-from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
-from conveyor_models.cells import LstmWeights
-from conveyor_server.core import ELEMENT_BYTES
-from conveyor_server.engine.products import ProductFamily
-
-LANE: Final = 32
-"""Twice the widest vector (16 floats with AVX-512).
-
-That is what the element-wise kernels take in one turn.
-"""
+from conveyor_models import LstmWeights
+from conveyor_server.engine.feeds import Feed
+from conveyor_server.engine.functions import CANDIDATE, GATE, Functions, columns_of, from_half_
+from conveyor_server.engine.packing import pad_vector, padded, spread
+from conveyor_server.engine.products import Product, ProductFamily
+from conveyor_server.engine.trace import Tap
 
 
-def padded(size: int) -> int:
-    """`size` rounded up to whole lanes."""
-    return -(-size // LANE) * LANE
+class LstmKernel:
+    """One layer. Its carry is h and c. See `layer.Kernel`."""
 
-
-def round_up(rows: int, multiple: int) -> int:
-    """`rows` rounded up to a multiple."""
-    return -(-rows // multiple) * multiple
-
-
-class Gates(Protocol):
-    """How a layer comes by its gates: s(Wx x + Wh h + b), the candidate's part doubled before."""
-
-    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
-        """x [rows, input width], h [rows, output width] -> i, f, g, o [rows, 4 cell widths]."""
-        ...
-
-
-class JoinedGates:
-    """Gates of features, of embeddings and of the layer below."""
-
-    def __init__(self, weights: LstmWeights, input_width: int, family: ProductFamily) -> None:
-        """`input_width`: columns of x; those beyond the weights' are zero."""
-        cells = padded(weights.bias.shape[0] // 4)
-        joined = torch.cat(
-            (
-                _by_gate(weights.input, input_width, cells),
-                _by_gate(weights.recurrent, padded(weights.recurrent.shape[1]), cells),
-            ),
-            dim=1,
+    def __init__(self, weights: LstmWeights, feed: Feed, family: ProductFamily) -> None:
+        """Packs the weights."""
+        scales = (GATE, CANDIDATE, GATE) if weights.coupled else (GATE, GATE, CANDIDATE, GATE)
+        size, hidden = weights.bias.shape[0] // len(scales), weights.recurrent.shape[1]
+        self.carry = ((hidden, padded(hidden)), (size, padded(size)))
+        self._blocks = len(scales)
+        self._coupled = weights.coupled
+        self._functions = Functions(weights.function)
+        self._sums = feed.sums(
+            weights.input, weights.recurrent, weights.bias, self.carry[:1], scales
         )
-        self._product = family.product(joined, _bias_by_gate(weights.bias, cells))
+        self._peephole_input = _peephole(weights.peephole_input)
+        self._peephole_forget = _peephole(weights.peephole_forget)
+        self._peephole_output = _peephole(weights.peephole_output)
+        peepholes = (self._peephole_input, self._peephole_forget, self._peephole_output)
+        self._fused = self._functions.plain and all(each is None for each in peepholes)
+        self._projection = _projection(weights.projection, family)
 
-    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
-        """See `Gates`."""
-        return self._product.logistic(torch.cat((x, h), dim=1))
-
-
-class TabulatedGates:
-    """Gates of tokens: x is the token's own Wx x + b, looked up, and only h is multiplied.
-
-    Attributes:
-        table: Wx x + b for each token, [vocabulary, 4 cell widths].
-    """
-
-    def __init__(self, weights: LstmWeights, embedding: Tensor, family: ProductFamily) -> None:
-        """embedding [vocabulary, size]."""
-        tokens, size = embedding.shape
-        cells = padded(weights.bias.shape[0] // 4)
-        bias = _bias_by_gate(weights.bias, cells)
-        product = family.product(_by_gate(weights.input, size, cells), bias)
-        rows = round_up(tokens, family.rows_multiple)
-        x = torch.cat((embedding, embedding.new_zeros(rows - tokens, size)))
-        self.table = product.linear(x)[:tokens].contiguous()
-        width = padded(weights.recurrent.shape[1])
-        self._recurrent = family.product(_by_gate(weights.recurrent, width, cells), None)
-
-    @staticmethod
-    def table_bytes(weights: LstmWeights, embedding: Tensor) -> int:
-        """What the table would take."""
-        return embedding.shape[0] * 4 * padded(weights.bias.shape[0] // 4) * ELEMENT_BYTES
-
-    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
-        """See `Gates`."""
-        return self._recurrent.accumulate(h, x).sigmoid_()
-
-
-class LstmLayer:
-    """One layer, its weights packed for a family of products.
-
-    Attributes:
-        output_size, output_width: Of h, without and with padding.
-        cell_size, cell_width: Of c, likewise.
-    """
-
-    def __init__(self, weights: LstmWeights, gates: Gates, family: ProductFamily) -> None:
-        """`gates`: made of the same weights."""
-        size = weights.bias.shape[0] // 4
-        self.cell_size, self.cell_width = size, padded(size)
-        projection = weights.projection
-        self.output_size = size if projection is None else projection.shape[0]
-        self.output_width = padded(self.output_size)
-        self._rows_multiple = family.rows_multiple
-        self._gates = gates
-        self._projection = None
-        if projection is not None:
-            wide = projection.new_zeros(self.output_width, self.cell_width)
-            wide[: projection.shape[0], :size] = projection
-            self._projection = family.product(wide, None)
-
-    def run(self, x: Tensor, counts: list[int], h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Steps through a packed batch.
-
-        Args:
-            x: What the gates read, packed, then rows of padding, [rows + padding, input width].
-            counts: n_t, as in `ragged.Layout`.
-            h: Carry of each work, longest first, padded to a multiple of rows,
-                [works + padding, output width].
-            c: Likewise, [works + padding, cell width].
-
-        Returns:
-            The outputs in packed order with padding rows behind, [rows + padding, output width],
-            and c after each work's last step, longest first, [works, cell width].
-        """
-        if len(counts) == 1:
-            h, c = self._step(x, h, c)
-            return h, c[: counts[0]]
-        outputs = h.new_empty(x.shape[0], self.output_width)
-        ended: list[Tensor] = []
-        offset = 0
-        for time, count in enumerate(counts):
-            rows = round_up(count, self._rows_multiple)
-            h, c = self._step(x[offset : offset + rows], h[:rows], c[:rows])
-            # Rows beyond `count` are padding; the next step's outputs overwrite them.
-            outputs[offset : offset + rows] = h
-            offset += count
-            remaining = counts[time + 1] if time + 1 < len(counts) else 0
-            if remaining < count:
-                ended.append(c[remaining:count])
-        return outputs, torch.cat(ended[::-1]) if len(ended) > 1 else ended[0]
-
-    def _step(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of each row.
-
-        x [rows, input width], h [rows, outputs], c [rows, cells] -> h', c'.
-        """
-        i, f, g, o = self._gates(x, h).chunk(4, dim=1)
-        # c' = f c + i (2 g - 1) = f c - i + 2 i g; doublings are exact.
-        c = (f * c).sub_(i).addcmul_(i, g, value=2)
+    def step(self, x: Tensor, carry: list[Tensor], tap: Tap | None) -> list[Tensor]:
+        """See `Kernel.step`."""
+        h, c = carry
+        if self._fused:
+            *i, f, g, o = columns_of(self._sums.logistic(x, h), self._blocks)
+        else:
+            *i, f, g, o = self._activated(self._sums.linear(x, h), c)
+        if tap is not None:
+            # The candidate's trace is made from what the kernel has, and changes none of it.
+            tap.see(i=i[0] if i else 1 - f, f=f, g=from_half_(g.clone()))
+        if self._coupled:
+            g = from_half_(g)
+            c = torch.addcmul(g, f, c - g)  # f c + (1 - f) g
+        else:
+            # c' = f c + i (2 g - 1) = f c - i + 2 i g; doublings are exact.
+            c = (f * c).sub_(i[0]).addcmul_(i[0], g, value=2)
+        if self._peephole_output is not None:
+            o = self._functions.gate_(torch.addcmul(o, c, self._peephole_output))
         # h' = o (2 s(2 c') - 1) = 2 o s(2 c') - o
         shown = (c + c).sigmoid_().mul_(o)
         h = shown.add_(shown).sub_(o)
-        return (h if self._projection is None else self._projection.linear(h)), c
+        if self._projection is not None:
+            h = self._projection.linear(h)
+        if tap is not None:
+            tap.see(o=o, c=c, h=h)
+        return [h, c]
+
+    def _activated(self, sums: Tensor, c: Tensor) -> list[Tensor]:
+        """Sums -> gates; an output gate that sees c' is left as its sum."""
+        *i, f, g, o = columns_of(sums, self._blocks)
+        if self._peephole_forget is not None:
+            f.addcmul_(c, self._peephole_forget)
+        if self._peephole_input is not None:
+            i[0].addcmul_(c, self._peephole_input)
+        functions, width = self._functions, c.shape[1]
+        if functions.plain:
+            sums[:, : len(i) * width + 2 * width].sigmoid_()
+        else:
+            functions.gate_(sums[:, : len(i) * width + width])
+            functions.half_candidate_(g)
+        if self._peephole_output is None:
+            functions.gate_(o)
+        return [*i, f, g, o]
 
 
-def _by_gate(weight: Tensor, width: int, cell_width: int) -> Tensor:
-    """Packs a weight: [4 cells, in] -> [4 padded cells, width].
-
-    Each gate is padded with zeros for itself; the candidate, the third, is doubled.
-    """
-    gates = weight.reshape(4, -1, weight.shape[1])  # [4, cells, in]
-    wide = weight.new_zeros(4, cell_width, width)
-    wide[:, : gates.shape[1], : gates.shape[2]] = gates
-    wide[2] *= 2
-    return wide.flatten(0, 1)
+def _peephole(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else pad_vector(weight)
 
 
-def _bias_by_gate(bias: Tensor, cell_width: int) -> Tensor:
-    return _by_gate(bias.unsqueeze(1), 1, cell_width).squeeze(1).contiguous()
+def _projection(weight: Tensor | None, family: ProductFamily) -> Product | None:
+    if weight is None:
+        return None
+    hidden, size = weight.shape
+    wide = weight.new_zeros(padded(hidden), padded(size))
+    wide[:hidden] = spread(weight, [(size, padded(size))])
+    return family.product(wide, None)

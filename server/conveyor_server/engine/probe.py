@@ -8,9 +8,11 @@ session.
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from conveyor_models import ModelSpec
-from conveyor_server.engine.port import Work
+from conveyor_server.engine.port import Prediction, Work
+from conveyor_server.engine.prediction import SequenceRunner
 from conveyor_server.engine.runner import ModelRunner
 
 _LENGTHS = (3, 1, 5, 1, 2, 1, 4)
@@ -18,8 +20,12 @@ _LENGTHS = (3, 1, 5, 1, 2, 1, 4)
 
 More than one vector's worth of rows, odd in number, and at no two times the same number of them.
 """
+_MEMORY_LENGTHS = (3, 40, 1, 33, 3, 100, 17)
+"""Rows of what each of them attends over, where the model does."""
+_SEQUENCE_STEPS = 9
 
 
+@torch.inference_mode()
 def same_bits(runner: ModelRunner, spec: ModelSpec) -> bool:
     """Runs sessions in one ragged batch, then each alone and step by step, and compares every bit.
 
@@ -28,16 +34,36 @@ def same_bits(runner: ModelRunner, spec: ModelSpec) -> bool:
         spec: Of the runner's model.
     """
     slots = [slot for _ in _LENGTHS if (slot := runner.pool.acquire()) is not None]
+    lengths = _LENGTHS[: len(slots)]
+    memories = [_add_memory(runner, spec, number) for number in range(len(slots))]
     try:
-        lengths = _LENGTHS[: len(slots)]
-        inputs = [_rows(spec, length, seed) for seed, length in enumerate(lengths)]
-        together = _run_together(runner, slots, inputs, lengths)
+        works = [
+            Work(slot, length, _rows(spec, length, number), length, memories[number])
+            for number, (slot, length) in enumerate(zip(slots, lengths, strict=True))
+        ]
+        together = _run_together(runner, works)
         for slot in slots:
             runner.pool.reset(slot)
-        return together == _run_alone(runner, slots, inputs, lengths)
+        return together == _run_alone(runner, works)
     finally:
         for slot in slots:
             runner.pool.release(slot)
+        for memory in filter(None, memories):
+            runner.memories.drop(memory)
+
+
+def same_bits_in_slices(runner: SequenceRunner, spec: ModelSpec) -> bool:
+    """Runs a whole sequence at once and step by step, and compares every bit."""
+    rows = _rows(spec, _SEQUENCE_STEPS, 0)
+    whole = runner.begin(rows, _SEQUENCE_STEPS, _SEQUENCE_STEPS)
+    steps = runner.begin(rows, _SEQUENCE_STEPS, _SEQUENCE_STEPS)
+    return _finished(whole, 1_000_000) == _finished(steps, 1)
+
+
+def _finished(prediction: Prediction, steps_max: int) -> bytes:
+    while (rows := prediction.advance(steps_max)) is None:
+        pass
+    return rows
 
 
 def _rows(spec: ModelSpec, length: int, seed: int) -> bytes:
@@ -47,24 +73,29 @@ def _rows(spec: ModelSpec, length: int, seed: int) -> bytes:
     return random.standard_normal((length, spec.input_size), dtype=np.float32).tobytes()
 
 
-def _run_together(
-    runner: ModelRunner, slots: Sequence[int], inputs: Sequence[bytes], lengths: Sequence[int]
-) -> list[tuple[bytes, bytes]]:
-    works = [
-        Work(slot, length, rows, length)
-        for slot, rows, length in zip(slots, inputs, lengths, strict=True)
-    ]
+def _add_memory(runner: ModelRunner, spec: ModelSpec, number: int) -> int:
+    if spec.attention is None:
+        return 0
+    random = np.random.default_rng(number)
+    shape = (_MEMORY_LENGTHS[number], spec.attention.memory_size)
+    return runner.memories.add(random.standard_normal(shape, dtype=np.float32).tobytes())
+
+
+def _run_together(runner: ModelRunner, works: Sequence[Work]) -> list[tuple[bytes, bytes]]:
     done = runner.run(works)
-    return [(each.rows, runner.pool.read(slot)) for each, slot in zip(done, slots, strict=True)]
+    return [
+        (each.rows, runner.pool.read(work.slot)) for each, work in zip(done, works, strict=True)
+    ]
 
 
-def _run_alone(
-    runner: ModelRunner, slots: Sequence[int], inputs: Sequence[bytes], lengths: Sequence[int]
-) -> list[tuple[bytes, bytes]]:
+def _run_alone(runner: ModelRunner, works: Sequence[Work]) -> list[tuple[bytes, bytes]]:
     results: list[tuple[bytes, bytes]] = []
-    for slot, rows, length in zip(slots, inputs, lengths, strict=True):
-        row_bytes = len(rows) // length
-        steps = [rows[start : start + row_bytes] for start in range(0, len(rows), row_bytes)]
-        outputs = [runner.run([Work(slot, 1, step, 1)])[0].rows for step in steps]
-        results.append((b"".join(outputs), runner.pool.read(slot)))
+    for work in works:
+        row_bytes = len(work.rows) // work.length
+        steps = [
+            Work(work.slot, 1, work.rows[start : start + row_bytes], 1, work.memory)
+            for start in range(0, len(work.rows), row_bytes)
+        ]
+        outputs = [runner.run([step])[0].rows for step in steps]
+        results.append((b"".join(outputs), runner.pool.read(work.slot)))
     return results

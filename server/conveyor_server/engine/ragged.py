@@ -33,8 +33,6 @@ class Layout:
         rows: Steps in all.
         gather: For each row in time order its row in session order; None if the two orders are the
             same.
-        last: For each work, longest first, the row (time order) of its last step; None if that is
-            row = work.
         wanted: For each wanted output, in the caller's order, its row (time order); None if every
             row in order.
         wanted_counts: Wanted outputs of each work, in the caller's order.
@@ -45,7 +43,6 @@ class Layout:
     counts: list[int]
     rows: int
     gather: Index | None
-    last: Index | None
     wanted: Index | None
     wanted_counts: list[int]
 
@@ -77,7 +74,6 @@ def lay_out(works: Sequence[Work]) -> Layout:
         counts=counts.tolist(),
         rows=int(offsets[-1]),
         gather=gather,
-        last=offsets[sorted_lengths - 1] + np.arange(len(works)),
         wanted=np.concatenate(wanted) if wanted else np.empty(0, dtype=np.int64),
         wanted_counts=[work.outputs for work in works],
     )
@@ -93,7 +89,6 @@ def _lay_out_single_steps(works: Sequence[Work]) -> Layout:
         counts=[len(works)],
         rows=len(works),
         gather=None,
-        last=None,
         wanted=None if every else np.flatnonzero(np.array(wanted_counts)),
         wanted_counts=wanted_counts,
     )

@@ -2,36 +2,31 @@
 
 import math
 from collections.abc import Sequence
-from typing import Final, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from conveyor_models import Bundle
-from conveyor_models.cells import LstmWeights
 from conveyor_server.core import ELEMENT_BYTES
-from conveyor_server.engine.lstm import (
-    JoinedGates,
-    LstmLayer,
-    TabulatedGates,
-    padded,
-    round_up,
-)
-from conveyor_server.engine.memories import Memories
+from conveyor_server.engine.memories import HeldMemory, Memories
+from conveyor_server.engine.packing import round_up
 from conveyor_server.engine.port import Done, Work
-from conveyor_server.engine.products import Product, ProductFamily
+from conveyor_server.engine.products import ProductFamily
 from conveyor_server.engine.ragged import Index, Layout, lay_out
+from conveyor_server.engine.readout import Readout
+from conveyor_server.engine.stack import Stack
 from conveyor_server.engine.state_pool import StatePool
-
-TOKEN_TABLE_BYTES_MAX: Final = 64 * 2**20
-"""The largest table of the tokens' parts of the first layer's gates.
-
-A token's part is looked up where the table is no larger than this, and else computed.
-"""
+from conveyor_server.engine.trace import Tap
 
 
 class ModelRunner:
-    """Runs batches of one model on its state pool."""
+    """Runs batches of one model on its state pool.
+
+    Attributes:
+        family: The kind of products it computes with.
+        pool: Carries by slot.
+    """
 
     def __init__(
         self, bundle: Bundle, slots: int, device: torch.device, family: ProductFamily
@@ -41,33 +36,17 @@ class ModelRunner:
         weights = {name: tensor.to(device) for name, tensor in bundle.weights.items()}
         self.family = family
         self._device = device
+        self._spec = spec
         self._tokens = spec.input.kind == "tokens"
-        self._input_size = spec.input_size
-        self._lookup: Tensor | None = weights.get("embedding.weight")
-        first = _layer_weights(weights, 0)
-        if self._lookup is None or _too_large(first, self._lookup):
-            gates = JoinedGates(first, spec.layer_input_sizes[0], family)
-        else:
-            gates = TabulatedGates(first, self._lookup, family)
-            self._lookup = gates.table
-        self._layers = [LstmLayer(first, gates, family)]
-        for number in range(1, len(spec.layers)):
-            of_layer = _layer_weights(weights, number)
-            gates = JoinedGates(of_layer, self._layers[-1].output_width, family)
-            self._layers.append(LstmLayer(of_layer, gates, family))
-        self._activation = spec.output.activation
-        self._output_size = spec.output_size
-        self._head = None
-        if "head.weight" in weights:
-            self._head = _build_head(weights, self._layers[-1].output_width, family)
-        row_size = 1 if spec.attention is None else spec.attention.memory_size
-        self.memories = Memories(row_size, device)
-        self.pool = StatePool(
-            sizes=[size for layer in self._layers for size in (layer.output_size, layer.cell_size)],
-            widths=[w for layer in self._layers for w in (layer.output_width, layer.cell_width)],
-            slots=slots,
-            device=device,
-        )
+        self._stack = Stack(spec, weights, family, device)
+        self._readout = Readout(spec, weights, self._stack.columns, family)
+        self.pool = StatePool(self._stack.carry, self._stack.initial, slots, device)
+
+    @property
+    def memories(self) -> Memories:
+        """What sessions attend over."""
+        assert self._stack.memories is not None, "the model has no attention"
+        return self._stack.memories
 
     def run(self, works: Sequence[Work]) -> list[Done]:
         """See `Engine.run`.
@@ -80,10 +59,13 @@ class ModelRunner:
         padding = round_up(len(works), multiple) - len(works)
         index = torch.tensor(layout.slots + [0] * padding, device=self._device)
         carries = self.pool.gather(index)
-        rows, after = self._run_layers(self._inputs(works, layout), layout, carries)
+        tap = self._tap(works, layout)
+        rows, after = self._run_layers(works, layout, carries, tap)
         outputs = self._outputs(rows, layout)
         finite = self._finite(after)
         done = self._split(outputs, layout, finite)
+        if tap is not None:
+            self._add_traces(done, works, layout, tap)
         if finite is None:
             self.pool.scatter(index[: len(works)], after)
         else:
@@ -91,38 +73,42 @@ class ModelRunner:
             self.pool.scatter(index[kept], [part[kept] for part in after])
         return done
 
+    def _tap(self, works: Sequence[Work], layout: Layout) -> Tap | None:
+        if not any(work.trace for work in works):
+            return None
+        order = layout.order or range(len(works))
+        return Tap(
+            [rank for rank, position in enumerate(order) if works[position].trace], self._device
+        )
+
+    def _run_layers(
+        self, works: Sequence[Work], layout: Layout, carries: list[Tensor], tap: Tap | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Returns what is at the top, in packed order, and the new carry, longest work first."""
+        memories: list[HeldMemory] = []
+        if self._stack.memories is not None:
+            order = layout.order or range(len(works))
+            memories = [self._stack.memories[works[position].memory] for position in order]
+        x = self._inputs(works, layout)
+        return self._stack.run(x, layout.counts, carries, memories, tap)
+
     def _inputs(self, works: Sequence[Work], layout: Layout) -> Tensor:
         """What the first layer reads, in packed order, padding rows behind."""
         payload = bytearray().join([work.rows for work in works])
+        size = self._spec.input_size
         rows_padded = round_up(
             layout.rows if layout.gather is None else layout.rows + self.family.rows_multiple,
             self.family.rows_multiple,
         )
-        payload.extend(bytes((rows_padded - layout.rows) * self._input_size * ELEMENT_BYTES))
+        payload.extend(bytes((rows_padded - layout.rows) * size * ELEMENT_BYTES))
         dtype = torch.int32 if self._tokens else torch.float32
         x = torch.frombuffer(payload, dtype=dtype).to(self._device)
         if not self._tokens:
-            x = x.view(rows_padded, self._input_size)
+            x = x.view(rows_padded, size)
         if layout.gather is not None:
             x = torch.cat((x.index_select(0, self._index(layout.gather)), x[layout.rows :]))
-        return x if self._lookup is None else self._lookup.index_select(0, x)
-
-    def _run_layers(
-        self, x: Tensor, layout: Layout, carries: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Runs one layer after another.
-
-        Returns the top layer's outputs in packed order, and the new carry parts, longest work
-        first.
-        """
-        works = len(layout.slots)
-        last = None if layout.last is None else self._index(layout.last)
-        after: list[Tensor] = []
-        for number, layer in enumerate(self._layers):
-            h, c = carries[2 * number], carries[2 * number + 1]
-            x, c = layer.run(x, layout.counts, h, c)
-            after += [x[:works] if last is None else x.index_select(0, last), c]
-        return x, after
+        lookup = self._stack.lookup
+        return x if lookup is None else lookup.index_select(0, x)
 
     def _outputs(self, rows: Tensor, layout: Layout) -> Tensor:
         """The wanted output rows in the caller's order, [wanted, output size]."""
@@ -130,36 +116,26 @@ class ModelRunner:
         if layout.wanted is not None:
             wanted = len(layout.wanted)
             if not wanted:
-                return rows[:0, : self._output_size]
+                return rows[:0, :0]
             # At least two rows for the head's product, and a multiple.
             index = self._index(layout.wanted)
             padding = round_up(wanted, self.family.rows_multiple) - wanted
             rows = rows.index_select(0, torch.cat((index, index.new_zeros(padding))))
-        y = rows if self._head is None else self._head.linear(rows)
-        match self._activation:
-            case "softmax":
-                y = y[:, : self._output_size].softmax(dim=1)
-            case "log_softmax":
-                y = y[:, : self._output_size].log_softmax(dim=1)
-            case "sigmoid":
-                y = y.sigmoid()
-            case _:
-                assert self._activation == "none", self._activation
-        return y[:wanted, : self._output_size]
+        return self._readout(rows)[:wanted]
 
     def _finite(self, after: list[Tensor]) -> Tensor | None:
         """None if every new carry is finite, else which works' are, [works], longest first."""
         # A sum is finite only if every term is; the opposite does not hold, so a suspect batch is
         # looked at closely. The h of each layer tells for its c too: |c| grows by at most 1 a step,
         # so c can turn into NaN but not into infinity, and h = o * tanh(c) is then NaN as well.
-        if math.isfinite(sum(float(h.sum()) for h in after[::2])):
+        if math.isfinite(sum(float(after[part].sum()) for part in self._stack.hidden)):
             return None
         finite = torch.stack([part.isfinite().all(dim=1) for part in after]).all(dim=0)
         return None if bool(finite.all()) else finite
 
     def _split(self, outputs: Tensor, layout: Layout, finite: Tensor | None) -> list[Done]:
         packed = outputs.contiguous().cpu().numpy().tobytes()
-        row_bytes = self._output_size * ELEMENT_BYTES
+        row_bytes = self._readout.size * ELEMENT_BYTES
         done: list[Done] = []
         offset = 0
         for count in layout.wanted_counts:
@@ -173,35 +149,12 @@ class ModelRunner:
                 done[position].finite = kept
         return done
 
+    def _add_traces(
+        self, done: list[Done], works: Sequence[Work], layout: Layout, tap: Tap
+    ) -> None:
+        for position, trace in tap.traces(works, layout, self._spec.layers).items():
+            done[position].trace = trace
+
     def _index(self, index: Index) -> Tensor:
         tensor = torch.from_numpy(index)  # pyright: ignore[reportUnknownMemberType]  torch's types
         return tensor.to(self._device)
-
-
-def _layer_weights(weights: dict[str, Tensor], number: int) -> LstmWeights:
-    return LstmWeights(
-        input=weights[f"layers.{number}.weight_input"],
-        recurrent=weights[f"layers.{number}.weight_recurrent"],
-        bias=weights[f"layers.{number}.bias"],
-        projection=weights.get(f"layers.{number}.weight_projection"),
-    )
-
-
-def _too_large(first: LstmWeights, embedding: Tensor) -> bool:
-    return TabulatedGates.table_bytes(first, embedding) > TOKEN_TABLE_BYTES_MAX
-
-
-def _build_head(weights: dict[str, Tensor], input_width: int, family: ProductFamily) -> Product:
-    # Padded like a layer. For the logistic function the reason is that of `engine.lstm`; for the
-    # product it is that a library's kernels for 5 to 7 columns give a row other bits in another
-    # place of the same block.
-    weight, bias = weights["head.weight"], weights.get("head.bias")
-    rows, columns = weight.shape
-    width = padded(rows)
-    wide = weight.new_zeros(width, input_width)
-    wide[:rows, :columns] = weight
-    wide_bias = None
-    if bias is not None:
-        wide_bias = bias.new_zeros(width)
-        wide_bias[:rows] = bias
-    return family.product(wide, wide_bias)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from conveyor_server.core import ELEMENT_BYTES
+from conveyor_server.engine.packing import Columns
 from conveyor_server.engine.slots import SlotAllocator
 
 
@@ -17,12 +18,13 @@ class StatePool:
     """
 
     def __init__(
-        self, sizes: Sequence[int], widths: Sequence[int], slots: int, device: torch.device
+        self, parts: Columns, initial: Sequence[Tensor], slots: int, device: torch.device
     ) -> None:
-        """`sizes` and `widths` of each part, without and with the padding columns."""
-        assert all(size <= width for size, width in zip(sizes, widths, strict=True))
-        self._sizes = list(sizes)
-        self.parts = [torch.zeros(slots + 1, width, device=device) for width in widths]
+        """`parts` and what each of them is in a new session, [width]."""
+        self._sizes = [size for size, _ in parts]
+        self.parts = [torch.zeros(slots + 1, width, device=device) for _, width in parts]
+        self._initial = [(n, part) for n, part in enumerate(initial) if bool(part.any())]
+        self._device = device
         self.allocator = SlotAllocator(slots)
 
     @property
@@ -31,19 +33,21 @@ class StatePool:
         return sum(self._sizes) * ELEMENT_BYTES
 
     def acquire(self) -> int | None:
-        """Takes a slot; its carry is zero."""
-        return self.allocator.acquire()
+        """Takes a slot; its carry is the initial one."""
+        slot = self.allocator.acquire()
+        if slot is not None:
+            self._begin(slot)
+        return slot
 
     def release(self, slot: int) -> None:
         """Gives a slot back, scrubbed: nobody ever reads another session's carry."""
-        self.reset(slot)
+        self._scrub(slot)
         self.allocator.release(slot)
 
     def reset(self, slot: int) -> None:
-        """Zeroes a slot."""
-        assert slot, "the dummy slot is nobody's"
-        for part in self.parts:
-            part[slot].zero_()
+        """Makes a slot's carry the initial one."""
+        self._scrub(slot)
+        self._begin(slot)
 
     def gather(self, index: Tensor) -> list[Tensor]:
         """index [n] -> each part's rows [n, width], copied."""
@@ -63,7 +67,17 @@ class StatePool:
         """The opposite of `read`."""
         assert len(carry) == self.carry_bytes, (len(carry), self.carry_bytes)
         assert slot, "the dummy slot is nobody's"
-        values = torch.frombuffer(bytearray(carry), dtype=torch.float32).to(self.parts[0].device)
+        values = torch.frombuffer(bytearray(carry), dtype=torch.float32).to(self._device)
         news = torch.split(values, self._sizes)
         for part, size, new in zip(self.parts, self._sizes, news, strict=True):
             part[slot, :size] = new
+
+    def _scrub(self, slot: int) -> None:
+        assert slot, "the dummy slot is nobody's"
+        for part in self.parts:
+            part[slot].zero_()
+
+    def _begin(self, slot: int) -> None:
+        """Writes what is not zero at first to a scrubbed slot."""
+        for number, row in self._initial:
+            self.parts[number][slot] = row

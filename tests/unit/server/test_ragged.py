@@ -34,12 +34,11 @@ def session_steps(works: list[Work]) -> list[tuple[int, int]]:
     return [(p, time) for p, work in enumerate(works) for time in range(work.length)]
 
 
-def all_of(layout: Layout, count: int) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Order, gather, last and wanted, written out where the layout leaves them implied."""
+def all_of(layout: Layout, count: int) -> tuple[list[int], list[int], list[int]]:
+    """Order, gather and wanted, written out where the layout leaves them implied."""
     return (
         list(range(count)) if layout.order is None else layout.order,
         list(range(layout.rows)) if layout.gather is None else layout.gather.tolist(),
-        list(range(count)) if layout.last is None else layout.last.tolist(),
         list(range(layout.rows)) if layout.wanted is None else layout.wanted.tolist(),
     )
 
@@ -47,7 +46,7 @@ def all_of(layout: Layout, count: int) -> tuple[list[int], list[int], list[int],
 @given(batches())
 def test_the_layout_equals_the_padded_one(works: list[Work]) -> None:
     layout = lay_out(works)
-    order, gather, last, wanted = all_of(layout, len(works))
+    order, gather, wanted = all_of(layout, len(works))
     packed, arrived = packed_steps(works), session_steps(works)
     assert layout.rows == len(packed)
     assert [arrived[row] for row in gather] == packed
@@ -58,9 +57,6 @@ def test_the_layout_equals_the_padded_one(works: list[Work]) -> None:
     assert layout.counts == [
         sum(work.length > time for work in works)
         for time in range(max(work.length for work in works))
-    ]
-    assert [packed[row] for row in last] == [
-        (position, works[position].length - 1) for position in order
     ]
     assert [packed[row] for row in wanted] == [
         (position, time)
@@ -73,7 +69,7 @@ def test_the_layout_equals_the_padded_one(works: list[Work]) -> None:
 @given(batches())
 def test_at_every_time_the_first_works_are_the_running_ones(works: list[Work]) -> None:
     layout = lay_out(works)
-    _, gather, _, _ = all_of(layout, len(works))
+    _, gather, _ = all_of(layout, len(works))
     arrived = session_steps(works)
     order = all_of(layout, len(works))[0]
     row = 0
@@ -86,7 +82,7 @@ def test_at_every_time_the_first_works_are_the_running_ones(works: list[Work]) -
 
 def test_single_steps_need_no_index() -> None:
     layout = lay_out([Work(3, 1, b"", 1), Work(1, 1, b"", 1)])
-    assert (layout.order, layout.gather, layout.last, layout.wanted) == (None, None, None, None)
+    assert (layout.order, layout.gather, layout.wanted) == (None, None, None)
     assert layout.slots == [3, 1]
     assert layout.counts == [2]
 

@@ -1,0 +1,64 @@
+"""From the top of the stack to outputs: the head and the last function."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from conveyor_models import ModelSpec
+from conveyor_server.engine.packing import Columns, pad_blocks, pad_vector, padded, spread
+from conveyor_server.engine.products import Product, ProductFamily
+
+
+class Readout:
+    """One model's.
+
+    Attributes:
+        size: Numbers in an output row.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, Tensor],
+        columns: Columns,
+        family: ProductFamily,
+    ) -> None:
+        """`columns` of a row at the top of the stack."""
+        self.size = spec.output_size
+        self._activation = spec.output.activation
+        self._head: Product | None = None
+        self._columns = columns
+        if spec.head is not None:
+            # Padded like a layer. For the logistic function the reason is that of
+            # `engine.packing`; for the product it is that a library's kernels for 5 to 7 columns
+            # give a row other bits in another place of the same block.
+            bias = weights.get("head.bias")
+            self._head = family.product(
+                pad_blocks(spread(weights["head.weight"], columns), (1,)),
+                None if bias is None else pad_vector(bias),
+            )
+            self._columns = ((self.size, padded(self.size)),)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """rows [n, width], n a multiple of the product's -> outputs [n, size]."""
+        y = rows if self._head is None else self._head.linear(rows)
+        if self._activation == "sigmoid":
+            y = y.sigmoid()
+        y = _without_padding(y, self._columns)
+        match self._activation:
+            case "softmax":
+                return y.softmax(dim=1)
+            case "log_softmax":
+                return y.log_softmax(dim=1)
+            case _:
+                return y
+
+
+def _without_padding(rows: Tensor, columns: Columns) -> Tensor:
+    pieces: list[Tensor] = []
+    offset = 0
+    for size, width in columns:
+        pieces.append(rows[:, offset : offset + size])
+        offset += width
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
