@@ -190,3 +190,18 @@ async def test_the_log_says_what_is_served_and_where(server: ServerProcess) -> N
     assert serving["address"] == server.address
     for line in lines:
         assert {"time", "level", "logger", "message"} <= set(line)
+
+
+async def test_the_log_has_one_line_for_each_session_that_ended(
+    wire: Wire, server: ServerProcess, rows: Rows
+) -> None:
+    nasty = "two\r\nlines\x1b[31m"
+    await wire.open("tiny", session_id="logged-end", labels={nasty: nasty})
+    await wire.step("logged-end", 1, rows(4))
+    await wire.close("logged-end")
+    lines = [line for line in server.log() if line.get("session") == "logged-end"]
+    assert [line["message"] for line in lines] == ["session ended"]
+    assert (lines[0]["reason"], lines[0]["model"], lines[0]["steps"]) == ("closed", "tiny", 4)
+    assert lines[0]["labels"] == {nasty: nasty}
+    (raw,) = [line for line in server.log_text().splitlines() if "logged-end" in line]
+    assert raw.isprintable()
