@@ -9,16 +9,17 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import start_http_server
 
 from conveyor_server.admission import Admission
 from conveyor_server.clock import SystemClock
-from conveyor_server.config import Config
+from conveyor_server.config import Config, TracingConfig
 from conveyor_server.core import SessionState, Tier
 from conveyor_server.engine.engine import TorchEngine, choose_device
 from conveyor_server.metrics import Labels, Metrics
@@ -29,7 +30,11 @@ from conveyor_server.scheduler.driver import Driver
 from conveyor_server.scheduler.models import ModelTable
 from conveyor_server.scheduler.operations import Operations
 from conveyor_server.scheduler.scheduler import Scheduler
+from conveyor_server.scheduler.traced import TracedDriver, TracedScheduler
 from conveyor_server.store.memory import MemoryStore
+
+if TYPE_CHECKING:  # it needs an extra
+    from conveyor_server.rpc.tracing import Tracing
 
 GIL_SWITCH_SECONDS: Final = 0.0005
 """How long one thread may keep another waiting for the interpreter.
@@ -63,8 +68,10 @@ class App:
 
         Raises:
             DeviceError: The configured device is not there.
+            StartError: Calls are to be traced and the extra for it is not installed.
         """
         self._config = config
+        self._tracing = _tracing(config.tracing)
         self._clock = SystemClock()
         self._metrics = Metrics()
         self._device = choose_device(config.engine.device)
@@ -76,8 +83,13 @@ class App:
         )
         self._models = ModelTable(dropped=self._engine.remove)
         self._store = MemoryStore()
-        self._driver = Driver(config.engine.inline_multiply_adds_max)
-        self._scheduler = Scheduler(
+        inline_max, make_scheduler = config.engine.inline_multiply_adds_max, Scheduler
+        if self._tracing is None:
+            self._driver = Driver(inline_max)
+        else:
+            self._driver = TracedDriver(inline_max, self._tracing)
+            make_scheduler = partial(TracedScheduler, self._tracing)
+        self._scheduler = make_scheduler(
             engine=self._engine,
             store=self._store,
             models=self._models,
@@ -112,6 +124,7 @@ class App:
                 metrics=self._metrics,
                 clock=self._clock,
                 device=str(self._device),
+                tracing=self._tracing,
             )
         )
         self._driver.start(self._scheduler, self._operations, broken=self._break)
@@ -148,6 +161,8 @@ class App:
         await server.drain()
         await server.stop()
         self._driver.stop()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         _log.info("stopped")
 
     # --- metrics and addresses -------------------------------------------------------------------
@@ -256,6 +271,19 @@ class App:
             if session.tier is Tier.DEVICE
         )
         return [(("device",), device), (("host",), self._store.size_bytes)]
+
+
+def _tracing(config: TracingConfig) -> "Tracing | None":
+    """Nothing of OpenTelemetry is imported unless calls are to be traced."""
+    if not config.endpoint:
+        return None
+    try:
+        from conveyor_server.rpc.tracing import Tracing  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise StartError(
+            f"tracing.endpoint needs `pip install 'conveyor[otel]'`: {error.name} is not installed"
+        ) from error
+    return Tracing(config)
 
 
 def _partial(file: Path) -> Path:
