@@ -16,6 +16,7 @@ from torch import Tensor
 from conveyor_models import Bundle, ModelSpec, digest_of
 from conveyor_server.core import ModelKey
 from conveyor_server.engine.engine import TorchEngine
+from conveyor_server.engine.lone import CompiledFamily
 from conveyor_server.engine.port import Work
 from conveyor_server.engine.products import BlockedFamily, PrepackedFamily, ProductFamily
 from conveyor_server.engine.runner import ModelRunner
@@ -25,10 +26,12 @@ Floats = npt.NDArray[np.floating[Any]]
 
 
 def families(threads: int) -> list[ProductFamily]:
-    """Both kinds of products there are on a CPU; the first is skipped where torch lacks it."""
+    """The kinds of products there are on a CPU, the slowest first; without those torch lacks."""
     found: list[ProductFamily] = [BlockedFamily()]
     if PrepackedFamily.available():
         found.append(PrepackedFamily(threads))
+    if CompiledFamily.available():
+        found.append(CompiledFamily(threads))
     return found
 
 

@@ -95,9 +95,6 @@ class ByShape:
     def linear(self, x: Tensor) -> Tensor:
         return self._exact.linear(x) if len(x) <= 32 else self._backwards.linear(x.flip(1))
 
-    def logistic(self, x: Tensor) -> Tensor:
-        return self.linear(x).sigmoid()
-
     def accumulate(self, x: Tensor, y: Tensor) -> Tensor:
         if len(x) <= 32:
             return self._exact.accumulate(x, y)
@@ -106,6 +103,7 @@ class ByShape:
 
 class ByShapeFamily:
     name = "by-shape"
+    compiled = False
     rows_multiple = 32
 
     def product(self, weight: Tensor, bias: Tensor | None) -> Product:
@@ -122,15 +120,13 @@ class Plain:
     def linear(self, x: Tensor) -> Tensor:
         return torch.addmm(self._bias, x, self._weight_t)
 
-    def logistic(self, x: Tensor) -> Tensor:
-        return self.linear(x).sigmoid()
-
     def accumulate(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.addmm(y, x, self._weight_t)
 
 
 class PlainFamily:
     name = "plain"
+    compiled = False
     rows_multiple = 1
 
     def product(self, weight: Tensor, bias: Tensor | None) -> Product:

@@ -101,7 +101,7 @@ class Attention:
 
     def scale(self, z: Tensor, h: Tensor) -> Tensor:
         """z, scaled by the gate where there is one."""
-        return z if self._gate is None else z * self._gate.logistic(h)
+        return z if self._gate is None else z * self._gate.linear(h).sigmoid_()
 
 
 class MemoryBatch:

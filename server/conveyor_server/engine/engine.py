@@ -9,6 +9,7 @@ import torch
 from conveyor_models import Bundle
 from conveyor_server.core import ModelKey
 from conveyor_server.engine.failures import computing
+from conveyor_server.engine.lone import CompiledFamily
 from conveyor_server.engine.port import Done, Prediction, Work
 from conveyor_server.engine.prediction import SequenceRunner
 from conveyor_server.engine.probe import same_bits, same_bits_in_slices
@@ -169,6 +170,9 @@ class TorchEngine:
         return [(("used",), total - free), (("free",), free)]
 
     def _families(self) -> list[ProductFamily]:
+        families: list[ProductFamily] = []
+        if self.device.type == "cpu" and CompiledFamily.available():
+            families.append(CompiledFamily(self._cpu_threads))
         if self.device.type == "cpu" and PrepackedFamily.available():
-            return [PrepackedFamily(self._cpu_threads), BlockedFamily()]
-        return [BlockedFamily()]
+            families.append(PrepackedFamily(self._cpu_threads))
+        return [*families, BlockedFamily()]

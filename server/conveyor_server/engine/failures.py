@@ -1,28 +1,41 @@
 """The mode in which everything is computed, and the library's errors turned into ours."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from types import TracebackType
 
 import torch
 
 from conveyor_server.errors import DeviceOutOfMemory, EngineFailed
 
 
-@contextmanager
-def computing(device: torch.device) -> Generator[None]:
-    """What happens inside happens on `device`, and nothing of it is recorded for gradients.
+class computing:
+    """What happens inside happens on a device, and nothing of it is recorded for gradients.
 
     Raises:
         DeviceOutOfMemory, EngineFailed: In place of the library's own errors.
     """
-    try:
-        with torch.inference_mode():
-            yield
-    except torch.OutOfMemoryError as error:
-        raise DeviceOutOfMemory(
-            "the device has no memory left for this",
-            limit="device memory",
-            maximum=str(device),
-        ) from error
-    except RuntimeError as error:
-        raise EngineFailed("the engine failed; nothing was applied") from error
+
+    __slots__ = ("_device", "_mode")
+
+    def __init__(self, device: torch.device) -> None:
+        """`device` as it is to be named."""
+        self._device = device
+        self._mode = torch.inference_mode()
+
+    def __enter__(self) -> None:
+        self._mode.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._mode.__exit__(kind, error, traceback)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise DeviceOutOfMemory(
+                "the device has no memory left for this",
+                limit="device memory",
+                maximum=str(self._device),
+            ) from error
+        if isinstance(error, RuntimeError):
+            raise EngineFailed("the engine failed; nothing was applied") from error

@@ -23,14 +23,13 @@ A token's part is looked up where the table is no larger than this, and else com
 
 
 class Sums(Protocol):
-    """The sums of some of a layer's gates, for each row [gates * width]."""
+    """The sums of some of a layer's gates."""
 
-    def linear(self, x: Tensor, h: Tensor) -> Tensor:
-        """What the layer reads [rows, ...], h [rows, hidden width] -> Wx x + Wh h + b."""
-        ...
+    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
+        """What the layer reads [rows, ...], h [rows, hidden width] -> [rows, gates * width].
 
-    def logistic(self, x: Tensor, h: Tensor) -> Tensor:
-        """The logistic function of `linear`."""
+        In new memory.
+        """
         ...
 
 
@@ -38,7 +37,7 @@ class InputSums(Protocol):
     """`Sums` without h."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What the layer reads [rows, ...] -> Wx x + b."""
+        """What the layer reads [rows, ...] -> Wx x + b, [rows, gates * width]."""
         ...
 
 
@@ -69,25 +68,13 @@ class RowsFeed:
     ) -> Sums:
         """See `Feed.sums`."""
         joined = spread(torch.cat((wx, wh), dim=1), (*self._columns, *hidden))
-        return _JoinedSums(joined, bias, scales, self._family)
+        product = self._family.product(pad_blocks(joined, scales), pad_vector(bias, scales))
+        return lambda x, h: product.linear(torch.cat((x, h), dim=1))
 
     def input_sums(self, wx: Tensor, bias: Tensor, scales: Sequence[float]) -> InputSums:
         """See `Feed.input_sums`."""
         wide = pad_blocks(spread(wx, self._columns), scales)
         return self._family.product(wide, pad_vector(bias, scales)).linear
-
-
-class _JoinedSums:
-    def __init__(
-        self, joined: Tensor, bias: Tensor, scales: Sequence[float], family: ProductFamily
-    ) -> None:
-        self._product = family.product(pad_blocks(joined, scales), pad_vector(bias, scales))
-
-    def linear(self, x: Tensor, h: Tensor) -> Tensor:
-        return self._product.linear(torch.cat((x, h), dim=1))
-
-    def logistic(self, x: Tensor, h: Tensor) -> Tensor:
-        return self._product.logistic(torch.cat((x, h), dim=1))
 
 
 class TableFeed:
@@ -116,12 +103,13 @@ class TableFeed:
         """See `Feed.sums`."""
         part = self._add(wx, bias, scales)
         recurrent = self._family.product(pad_blocks(spread(wh, hidden), scales), None)
-        return _TabulatedSums(part, recurrent.accumulate)
+        # Contiguous as a rule: most layers ask for one part, the whole row.
+        return lambda x, h: recurrent.accumulate(h, x[:, part].contiguous())
 
     def input_sums(self, wx: Tensor, bias: Tensor, scales: Sequence[float]) -> InputSums:
         """See `Feed.input_sums`."""
         part = self._add(wx, bias, scales)
-        return lambda x: x[:, part]
+        return lambda x: x[:, part].contiguous()
 
     def _add(self, wx: Tensor, bias: Tensor, scales: Sequence[float]) -> slice:
         product = self._family.product(pad_blocks(wx, scales), pad_vector(bias, scales))
@@ -130,20 +118,3 @@ class TableFeed:
         self._parts.append(product.linear(torch.cat((self._embedding, behind)))[:tokens])
         start, self._width = self._width, self._width + self._parts[-1].shape[1]
         return slice(start, self._width)
-
-
-class _Accumulate(Protocol):
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor: ...
-
-
-class _TabulatedSums:
-    def __init__(self, part: slice, accumulate: _Accumulate) -> None:
-        self._part = part
-        self._accumulate = accumulate
-
-    def linear(self, x: Tensor, h: Tensor) -> Tensor:
-        # Contiguous as a rule: most layers ask for one part, the whole row.
-        return self._accumulate(h, x[:, self._part].contiguous())
-
-    def logistic(self, x: Tensor, h: Tensor) -> Tensor:
-        return self.linear(x, h).sigmoid_()

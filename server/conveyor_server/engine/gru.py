@@ -3,12 +3,12 @@
 `conveyor_models.cells` states the equations.
 """
 
-import torch
 from torch import Tensor
 
 from conveyor_models import GruWeights
+from conveyor_server.engine.cells import make_cells
 from conveyor_server.engine.feeds import Feed
-from conveyor_server.engine.functions import CANDIDATE, GATE, Functions, columns_of, from_half_
+from conveyor_server.engine.functions import CANDIDATE, GATE, columns_of
 from conveyor_server.engine.packing import pad_blocks, pad_vector, padded, spread
 from conveyor_server.engine.products import ProductFamily
 from conveyor_server.engine.trace import Tap
@@ -21,7 +21,7 @@ class GruKernel:
         """Packs the weights."""
         size = weights.recurrent.shape[1]
         self.carry = ((size, padded(size)),)
-        self._functions = Functions(weights.function)
+        self._cells = make_cells(weights.function, padded(size), family)
         gates, candidate = slice(0, 2 * size), slice(2 * size, 3 * size)
         self._gates = feed.sums(
             weights.input[gates],
@@ -45,16 +45,14 @@ class GruKernel:
     def step(self, x: Tensor, carry: list[Tensor], tap: Tap | None) -> list[Tensor]:
         """See `Kernel.step`."""
         (h,) = carry
-        if self._functions.plain:
-            r, z = columns_of(self._gates.logistic(x, h), 2)
-        else:
-            r, z = columns_of(self._functions.gate_(self._gates.linear(x, h)), 2)
+        gates = self._gates(x, h)
         if self._after:
-            sums = torch.addcmul(self._read(x), r, self._recurrent.linear(h))
+            n = self._recurrent.linear(h)
+            h = self._cells.gru_after(gates, self._read(x), n, h)
         else:
-            sums = self._candidate.linear(x, r * h)
-        n = from_half_(self._functions.half_candidate_(sums))
-        h = torch.addcmul(n, z, h - n)  # z h + (1 - z) n
+            n = self._candidate(x, self._cells.gru_seen(gates, h))
+            h = self._cells.gru_before(gates, n, h)
         if tap is not None:
+            r, z = columns_of(gates, 2)
             tap.see(r=r, z=z, n=n, h=h)
         return [h]

@@ -46,7 +46,7 @@ def make_kernel(weights: CellWeights, feed: Feed, family: ProductFamily) -> Kern
         case GruWeights():
             return GruKernel(weights, feed, family)
         case RnnWeights():
-            return RnnKernel(weights, feed)
+            return RnnKernel(weights, feed, family)
 
 
 def initial_carry(

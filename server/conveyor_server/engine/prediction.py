@@ -88,7 +88,7 @@ class SequenceRunner:
     ) -> Generator[None, int, tuple[Tensor, int]]:
         """One direction of a layer: x [length, ...] -> outputs, and what is left of the slice."""
         x = _behind(x.flip(0) if direction.backwards else x, self._rows_multiple)
-        carry = [part.expand(self._rows_multiple, -1) for part in direction.initial]
+        carry = [part.repeat(self._rows_multiple, 1) for part in direction.initial]
         rows: list[Tensor] = []
         done, length = 0, len(x) - self._rows_multiple
         while done < length:

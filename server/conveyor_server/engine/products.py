@@ -1,11 +1,12 @@
 """Matrix products whose rows do not depend on how many rows there are.
 
 A BLAS picks its kernel by the shape of the whole product, so a row's bits change with its
-neighbours' number: `addmm` does so for small batches. Two kinds of product here do not, given
+neighbours' number: `addmm` does so for small batches. The kinds of product here do not, given
 rows in the multiple each asks for:
 
 * `Prepacked` (CPU): oneDNN with a weight reordered once, in one blocked layout whatever the
   batch. Its rows are bit-equal from two rows up, and it is more than twice as fast as `addmm`.
+  `engine.lone` adds a way for a single row.
 * `Blocked` (anywhere): the library's own product over blocks of one fixed number of rows, so that
   only one shape ever occurs.
 
@@ -27,10 +28,6 @@ class Product(Protocol):
         """x [rows, in] -> [rows, out], the bias added."""
         ...
 
-    def logistic(self, x: Tensor) -> Tensor:
-        """The logistic function of `linear`."""
-        ...
-
     def accumulate(self, x: Tensor, y: Tensor) -> Tensor:
         """x [rows, in], y [rows, out] -> y + x W^T in new memory; no bias."""
         ...
@@ -42,6 +39,8 @@ class ProductFamily(Protocol):
     name: str
     rows_multiple: int
     """Callers pad the number of rows to a multiple of this."""
+    compiled: bool
+    """Whether the element-wise part is to be done by `compiled_cells`."""
 
     def product(self, weight: Tensor, bias: Tensor | None) -> Product:
         """weight [out, in], bias [out]."""
@@ -62,10 +61,6 @@ class Prepacked:
         """See `Product.linear`."""
         return self._linear(x, self._weight, self._bias, "none", [], "")
 
-    def logistic(self, x: Tensor) -> Tensor:
-        """See `Product.logistic`. oneDNN applies the function before it stores a result."""
-        return self._linear(x, self._weight, self._bias, "sigmoid", [], "")
-
     def accumulate(self, x: Tensor, y: Tensor) -> Tensor:
         """See `Product.accumulate`."""
         return self._binary(x, y, self._weight, None, "add")
@@ -75,6 +70,7 @@ class PrepackedFamily:
     """Products for CPUs with oneDNN."""
 
     name = "onednn-prepacked"
+    compiled = False
 
     def __init__(self, threads: int) -> None:
         """`threads` that an engine call may use."""
@@ -111,10 +107,6 @@ class Blocked:
             torch.mm(x_block, self._weight_t, out=y_block)
         return y if self._bias is None else y.add_(self._bias)
 
-    def logistic(self, x: Tensor) -> Tensor:
-        """See `Product.logistic`."""
-        return self.linear(x).sigmoid_()
-
     def accumulate(self, x: Tensor, y: Tensor) -> Tensor:
         """See `Product.accumulate`."""
         product = torch.empty(x.shape[0], self._weight_t.shape[1], device=x.device, dtype=x.dtype)
@@ -127,6 +119,7 @@ class BlockedFamily:
     """Products for CUDA devices, and for CPUs without prepacked ones that pass the probe."""
 
     name = "fixed-blocks"
+    compiled = False
     rows_multiple = BLOCK_ROWS
 
     def product(self, weight: Tensor, bias: Tensor | None) -> Product:

@@ -55,10 +55,7 @@ class ModelRunner:
         that has changed nothing.
         """
         layout = lay_out(works)
-        multiple = self.family.rows_multiple
-        padding = round_up(len(works), multiple) - len(works)
-        index = torch.tensor(layout.slots + [0] * padding, device=self._device)
-        carries = self.pool.gather(index)
+        carries = self.pool.gather(layout.slots, -len(works) % self.family.rows_multiple)
         tap = self._tap(works, layout)
         rows, after = self._run_layers(works, layout, carries, tap)
         outputs = self._outputs(rows, layout)
@@ -67,10 +64,11 @@ class ModelRunner:
         if tap is not None:
             self._add_traces(done, works, layout, tap)
         if finite is None:
-            self.pool.scatter(index[: len(works)], after)
+            self.pool.scatter(layout.slots, after)
         else:
-            kept = finite.nonzero().squeeze(1)
-            self.pool.scatter(index[kept], [part[kept] for part in after])
+            slots = [slot for slot, kept in zip(layout.slots, _flags(finite), strict=True) if kept]
+            if slots:
+                self.pool.scatter(slots, [part[finite] for part in after])
         return done
 
     def _tap(self, works: Sequence[Work], layout: Layout) -> Tap | None:
@@ -144,8 +142,7 @@ class ModelRunner:
             offset = end
         if finite is not None:
             order = layout.order or range(len(done))
-            flags = cast(list[bool], finite.numpy(force=True).tolist())
-            for position, kept in zip(order, flags, strict=True):
+            for position, kept in zip(order, _flags(finite), strict=True):
                 done[position].finite = kept
         return done
 
@@ -158,3 +155,7 @@ class ModelRunner:
     def _index(self, index: Index) -> Tensor:
         tensor = torch.from_numpy(index)  # pyright: ignore[reportUnknownMemberType]  torch's types
         return tensor.to(self._device)
+
+
+def _flags(finite: Tensor) -> list[bool]:
+    return cast("list[bool]", finite.numpy(force=True).tolist())

@@ -49,12 +49,24 @@ class StatePool:
         self._scrub(slot)
         self._begin(slot)
 
-    def gather(self, index: Tensor) -> list[Tensor]:
-        """index [n] -> each part's rows [n, width], copied."""
+    def gather(self, slots: Sequence[int], padding: int) -> list[Tensor]:
+        """Each part's rows of some slots, and so many of the dummy's behind, [n, width].
+
+        Not to be written to: those of a single slot are no copy.
+        """
+        if len(slots) == 1 and not padding:
+            (slot,) = slots
+            return [part[slot : slot + 1] for part in self.parts]
+        index = torch.tensor([*slots, *[0] * padding], device=self._device)
         return [part.index_select(0, index) for part in self.parts]
 
-    def scatter(self, index: Tensor, rows: Sequence[Tensor]) -> None:
-        """The opposite of `gather`; index holds no slot twice and not the dummy."""
+    def scatter(self, slots: Sequence[int], rows: Sequence[Tensor]) -> None:
+        """The opposite of `gather`; no slot twice and not the dummy."""
+        if len(slots) == 1:
+            for part, new in zip(self.parts, rows, strict=True):
+                part[slots[0]] = new[0]
+            return
+        index = torch.tensor(slots, device=self._device)
         for part, new in zip(self.parts, rows, strict=True):
             part.index_copy_(0, index, new)
 
