@@ -161,6 +161,8 @@ class App:
         await server.drain()
         await server.stop()
         self._driver.stop()
+        for session in self._scheduler.sessions:  # they were in memory only
+            self._scheduler.log_end(session, "stopped")
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
         _log.info("stopped")

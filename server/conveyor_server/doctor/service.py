@@ -18,7 +18,6 @@ from conveyor_server.doctor.machine import cores, memory_bytes
 from conveyor_server.engine.about import about_device
 from conveyor_server.engine.engine import DeviceError, TorchEngine, choose_device
 from conveyor_server.engine.loader import load_repository
-from conveyor_server.engine.products import PrepackedFamily
 
 PROBE_SLOTS: Final = 8
 """As many as the probe of same bits runs at once; a whole pool is not needed for it."""
@@ -198,15 +197,15 @@ def check_models(config: Config, models: list[Model]) -> Iterator[Finding]:
         yield fail("models", problem, "correct the bundle or take it out; the others are served")
     if not found.loaded:
         yield fail("models", f"{folder}: no model there can be served", "put a bundle there")
-    fastest = device.type != "cpu" or PrepackedFamily.available()
+    fastest = engine.fastest_kernels
     for loaded in found.loaded:
         key, kernels = loaded.info.key, loaded.runner.family.name
         models.append(Model(loaded.info, kernels))
         said = f"{key.name} {key.version}: same bits in any batch with {kernels}"
-        if device.type == "cpu" and fastest and kernels != PrepackedFamily.name:
+        if kernels != fastest:
             yield warn(
                 "models",
-                f"{said}, which are slower ones: the fast ones change bits with the batch here",
+                f"{said}, which are slower ones: those of {fastest} change bits with it here",
                 "nothing, if it is fast enough; else use a processor or a torch of another kind",
             )
         else:

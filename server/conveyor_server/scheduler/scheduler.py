@@ -186,9 +186,10 @@ class Scheduler:
         if not session.ephemeral:
             reason = error.reason.removeprefix("SESSION_").lower()
             self.metrics.sessions_ended.add(1, reason)
-            self._log_end(session, reason)
+            self.log_end(session, reason)
 
-    def _log_end(self, session: Session, reason: str) -> None:
+    def log_end(self, session: Session, reason: str) -> None:
+        """Writes down that a session is over."""
         _log.info(
             "session ended",
             extra={

@@ -111,6 +111,13 @@ def test_the_image_ends_unprivileged_with_a_health_check() -> None:
     assert re.search(r'^ENTRYPOINT \["conveyor-server"\]$', final, re.MULTILINE)
 
 
+def test_what_the_server_writes_lies_where_a_volume_is_mounted() -> None:
+    (folder,) = re.findall(r"^ +&& install --directory .* (\S+)$", DOCKERFILE, re.MULTILINE)
+    for name in ("server", "server-gpu"):
+        assert f"{name}-data:{folder}" in SERVICES[name]["volumes"]
+    assert f"NUMBA_CACHE_DIR={folder}/" in DOCKERFILE
+
+
 def test_the_linters_pass() -> None:
     done = run_script("lint")
     assert done.returncode == 0, done.stdout + done.stderr
