@@ -411,6 +411,12 @@ ENGINE: Final = Dashboard(
                     "s",
                     quantiles("conveyor_step_seconds", M, "model"),
                 ),
+                Panel(
+                    "Whole sequences",
+                    "Predict on models that cannot be stepped.",
+                    "none",
+                    [(f"sum by (state) (conveyor_predictions{{{I}}})", "{{state}}")],
+                ),
             ],
         ),
         Row(

@@ -61,11 +61,10 @@ from conveyor_client._nouns import (
     ModelLimits,
     OpenedSession,
     SessionInfo,
-    StepResult,
     TensorSignature,
 )
 from conveyor_client._policy import Options, Reconnect
-from conveyor_client._trace import GateTrace, LayerTrace, Trace
+from conveyor_client._trace import GateTrace, LayerTrace, StepResult, Trace
 
 __all__ = [
     "CheckpointNotRetained",

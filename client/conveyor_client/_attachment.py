@@ -12,6 +12,7 @@ from conveyor.v1 import session_pb2
 from conveyor_client._errors import (
     ConveyorError,
     DeadlineExceeded,
+    MessageTooLarge,
     ModelNotFound,
     NotOpen,
     OwnershipLost,
@@ -26,6 +27,8 @@ from conveyor_client._ledger import Chunk, Ledger
 from conveyor_client._nouns import ModelInfo, OutputValue, SessionInfo, TraceValue
 from conveyor_client._opened import Opened, describe
 from conveyor_client._policy import Options
+
+_OPEN_OVERHEAD_BYTES = 64  # what an open frame holds beside the request, at its longest
 
 
 class Hub(Protocol):
@@ -78,7 +81,9 @@ class Attachment:
             ConveyorError: What the server refused.
         """
         try:
-            answer = await self._open_on_some_lane(await self._requested_model())
+            requested = await self._requested_model()
+            self._check_size(requested)
+            answer = await self._open_on_some_lane(requested)
             described = answer.session
             model = await self._hub.cached_model(
                 described.model, described.version, digest=described.model_digest
@@ -99,6 +104,16 @@ class Attachment:
             if request.mode == session_pb2.OPEN_MODE_CREATE:
                 raise
             return None  # out of service, but a session may still run on it
+
+    def _check_size(self, model: ModelInfo | None) -> None:
+        """Refuses a memory that fits no message: on a stream it would end every session there."""
+        bytes_max = model.limits.message_bytes_max if model is not None else 0
+        size = self.request.ByteSize() + _OPEN_OVERHEAD_BYTES
+        if bytes_max and size > bytes_max:
+            raise MessageTooLarge(
+                f"opening with this memory takes {size} bytes, the server takes {bytes_max}",
+                reason="MESSAGE_TOO_LARGE",
+            )
 
     async def _open_on_some_lane(self, model: ModelInfo | None) -> session_pb2.OpenSessionResponse:
         own_key = self.request.session_id if self._own_stream else ""

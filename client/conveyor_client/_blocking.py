@@ -5,22 +5,24 @@ is an asynchronous iterator there is a plain one here. Objects may be used from 
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import wraps
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import numpy.typing as npt
 
 from conveyor_client import _client, _generation, _session
 from conveyor_client._calls import Metadata, Tls
 from conveyor_client._generation import GenerationEnd
-from conveyor_client._nouns import FloatArray, ModelInfo, Output
+from conveyor_client._nouns import FloatArray, ModelInfo, Output, TraceMode
 from conveyor_client._policy import Options
 from conveyor_client._portal import Portal, Reading, Twin, blocking, iterating
+from conveyor_client._trace import Trace
 
 _P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Generation(Twin, Iterator[int | FloatArray]):
@@ -134,15 +136,57 @@ class Session(Twin):
         Raises:
             ConveyorError: As `step`; inputs after the failed one are not run.
         """
-        sent: deque[Future[FloatArray]] = deque()
+
+        def start(item: npt.ArrayLike) -> Coroutine[Any, Any, FloatArray]:
+            return self._inner.step(item, output=output, timeout_seconds=timeout_seconds)
+
+        yield from self._in_order(inputs, in_flight, start)
+
+    def stream_with_trace(
+        self,
+        inputs: Iterable[npt.ArrayLike],
+        *,
+        mode: TraceMode = "summary",
+        in_flight: int = 32,
+        timeout_seconds: float | None = None,
+    ) -> Generator[tuple[FloatArray, Trace]]:
+        """Runs steps or chunks, several in flight, and tells what the gates did.
+
+        As `stream`, with what `step_with_trace` returns for each input.
+
+        Args:
+            inputs: Steps or chunks, each as `step` takes it.
+            mode: "summary" for statistics of each gate, "full" for every activation.
+            in_flight: At most so many are sent ahead of the output that was yielded last.
+            timeout_seconds: For each of them.
+
+        Yields:
+            The output rows and the trace of each input, in order.
+
+        Raises:
+            NotSupported: The server does not trace.
+            ConveyorError: As `step`; inputs after the failed one are not run.
+        """
+
+        def start(item: npt.ArrayLike) -> Coroutine[Any, Any, tuple[FloatArray, Trace]]:
+            return self._inner.step_with_trace(item, mode=mode, timeout_seconds=timeout_seconds)
+
+        yield from self._in_order(inputs, in_flight, start)
+
+    def _in_order(
+        self,
+        inputs: Iterable[npt.ArrayLike],
+        in_flight: int,
+        start: Callable[[npt.ArrayLike], Coroutine[Any, Any, _R]],
+    ) -> Generator[_R]:
+        sent: deque[Future[_R]] = deque()
         try:
             for item in inputs:
                 # Here, as the item after it may be under way before a coroutine could refuse it.
                 self._inner.check(item)
                 while sent and (len(sent) >= in_flight or sent[0].done()):
                     yield sent.popleft().result()
-                step = self._inner.step(item, output=output, timeout_seconds=timeout_seconds)
-                sent.append(self._portal.submit(step))
+                sent.append(self._portal.submit(start(item)))
             while sent:
                 yield sent.popleft().result()
         finally:

@@ -11,18 +11,20 @@ from conveyor_client._nouns import (
     DURABILITIES,
     OPEN_MODES,
     OUTPUT_MODES,
+    TRACE_MODES,
     Durability,
     ModelInfo,
     OpenedSession,
     OpenMode,
     Output,
     SessionInfo,
-    StepResult,
+    TraceMode,
     model_from_proto,
     session_from_proto,
 )
 from conveyor_client._requests import make_open_request
 from conveyor_client._rows import RowCodec, pack_memory
+from conveyor_client._trace import StepResult, Trace, pieces_of, trace_from_pieces
 
 _MODELS_CACHED_MAX = 256
 
@@ -96,6 +98,7 @@ class ById:
         first_step: int,
         epoch: int = 0,
         output: Output = "all",
+        trace: TraceMode | None = None,
         timeout_seconds: float | None = None,
     ) -> StepResult:
         """Runs one chunk with a call of its own, for programs that step now and then.
@@ -108,10 +111,11 @@ class ById:
             first_step: The number of its first step.
             epoch: If given, the step runs only while this is still the session's epoch.
             output: Which rows come back.
+            trace: What to tell of the gates: "summary", "full", or None for nothing.
             timeout_seconds: Overrides the client's.
 
         Returns:
-            The output, and where the session stands.
+            The output, where the session stands, and the trace if one was asked for.
 
         Raises:
             StepGap: `first_step` is beyond the next step.
@@ -128,6 +132,7 @@ class ById:
             length=length,
             rows=rows,
             output=OUTPUT_MODES[output],
+            trace=TRACE_MODES[trace] if trace else session_pb2.TRACE_MODE_UNSPECIFIED,
             epoch=epoch,
         )
         response = await self.calls.unary(
@@ -142,6 +147,7 @@ class ById:
             first_step=response.first_step,
             durable_step=response.durable_step,
             duplicate=response.duplicate,
+            trace=_trace_of(response) if trace else None,
         )
 
     async def get_session(
@@ -336,8 +342,7 @@ class ById:
         )
         return response.snapshot
 
-    # --- models
-    # -------------------------------------------------------------------------------------
+    # --- models ----------------------------------------------------------------------------------
 
     async def model(
         self, name: str, version: int = 0, *, timeout_seconds: float | None = None
@@ -372,3 +377,8 @@ class ById:
             self._models.clear()
         self._models[name, version] = self._models[name, model.version] = model
         return model
+
+
+def _trace_of(response: session_pb2.StepResponse) -> Trace:
+    trace = response.trace if response.HasField("trace") else None
+    return trace_from_pieces(response.first_step, pieces_of(response.length, trace))

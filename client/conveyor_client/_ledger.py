@@ -10,7 +10,7 @@ replay buffer, and `Window` bounds it in steps and in bytes.
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from conveyor.v1 import session_pb2
 from conveyor_client._errors import (
@@ -21,6 +21,7 @@ from conveyor_client._errors import (
     StepResultNotHeld,
 )
 from conveyor_client._nouns import OutputValue, TraceValue
+from conveyor_client._trace import TracePiece
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +51,7 @@ class Chunk:
     sent: bool = False
     doomed: bool = False
     pieces: list[bytes] = field(default_factory=list[bytes])
-    traces: list[session_pb2.Trace] = field(default_factory=list[session_pb2.Trace])
+    traces: list[TracePiece] = field(default_factory=list[TracePiece])
 
     @property
     def last_step(self) -> int:
@@ -61,6 +62,11 @@ class Chunk:
     def missing(self) -> int:
         """Steps this connection has not answered."""
         return self.last_step - self.expected + 1
+
+    def without_answer(self) -> "Chunk":
+        """What it takes to send it again; outputs and traces are bounded by no window."""
+        future = self.future.get_loop().create_future()  # that of the answer holds the answer
+        return replace(self, future=future, pieces=[], traces=[])
 
     def deliver(self) -> None:
         """Hands the answered chunk to whoever still waits for it."""
@@ -210,7 +216,9 @@ class Ledger:
                 whole = known <= 0 or entry.rows_length != length
                 chunk.pieces.append(rows if whole else rows[known * self._output_row_bytes :])
             if chunk.trace:
-                chunk.traces.append(entry.trace)
+                trace = entry.trace if entry.HasField("trace") else None
+                told = max(known, 0)
+                chunk.traces.append(TracePiece(length - told, trace, told))
             chunk.received = after - chunk.first_step
             self.answered_step = after - 1
         self.durable(entry.durable_step)
@@ -359,7 +367,7 @@ class Ledger:
     def _leave_flight(self, chunk: Chunk) -> None:
         self._in_flight.popleft()
         if self.keeps_until_durable and chunk.last_step > self.durable_step:
-            self._retained.append(chunk)
+            self._retained.append(chunk.without_answer())
         else:
             self._release(chunk)
         self._settle()

@@ -195,23 +195,6 @@ class SessionInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
-    """The answer to one unary chunk, see `Client.step`.
-
-    Attributes:
-        output: As `Session.step` returns it.
-        first_step: The number of the chunk's first step.
-        durable_step: The session's durable step.
-        duplicate: Whether any of the steps was answered from memory.
-    """
-
-    output: FloatArray
-    first_step: int
-    durable_step: int
-    duplicate: bool
-
-
-@dataclass(frozen=True, slots=True)
 class OpenedSession:
     """The answer of `Client.open_session`: a claim on a session without a stream."""
 

@@ -4,7 +4,13 @@ import numpy as np
 import numpy.typing as npt
 
 from conveyor.v1 import session_pb2
-from conveyor_client._errors import EmptyChunk, InvalidShape, TokenOutOfRange
+from conveyor_client._errors import (
+    EmptyChunk,
+    InvalidMemory,
+    InvalidShape,
+    NonFiniteInput,
+    TokenOutOfRange,
+)
 from conveyor_client._nouns import FloatArray, ModelInfo
 
 _FLOAT32 = np.dtype("<f4")
@@ -97,18 +103,38 @@ class RowCodec:
 def pack_memory(memory: npt.ArrayLike) -> session_pb2.Memory:
     """Packs what a model attends over.
 
+    Whether the model attends over anything, and over rows of this length, the server says.
+
     Args:
-        memory: float, shape (M, memory row elements).
+        memory: Numbers, shape (M, memory row elements), at least one row; they are converted to
+            float32.
 
     Returns:
         The message.
 
     Raises:
-        InvalidShape: It has not two dimensions.
+        InvalidMemory: It has another number of dimensions, no row, or is not of real numbers.
+        NonFiniteInput: It has a NaN or an infinity, or a number that float32 cannot hold.
     """
-    array = np.asarray(memory, dtype=_FLOAT32)
-    if array.ndim != 2:
-        raise InvalidShape(
-            f"a memory has shape (rows, elements), not {array.shape}", reason="INVALID_SHAPE"
+    try:
+        array = np.asarray(memory)
+    except ValueError as error:  # rows of different lengths
+        raise _invalid_memory(str(error)) from error
+    if array.dtype.kind not in "fiub":
+        raise _invalid_memory(f"a memory is of real numbers, not {array.dtype.name}")
+    if array.ndim != 2 or not array.size:
+        raise _invalid_memory(
+            f"a memory has shape (rows, elements), at least one of each, not {array.shape}"
         )
-    return session_pb2.Memory(length=array.shape[0], rows=array.tobytes())
+    with np.errstate(over="ignore"):
+        packed = array.astype(_FLOAT32)
+    if not np.isfinite(packed).all():
+        row = int(np.argmin(np.isfinite(packed).all(axis=1)))
+        raise NonFiniteInput(
+            f"row {row} of the memory is not finite in float32", reason="NON_FINITE_INPUT"
+        )
+    return session_pb2.Memory(length=packed.shape[0], rows=packed.tobytes())
+
+
+def _invalid_memory(message: str) -> InvalidMemory:
+    return InvalidMemory(message, reason="INVALID_MEMORY")

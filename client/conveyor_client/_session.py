@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -13,34 +12,19 @@ from conveyor.v1 import session_pb2
 from conveyor_client._attachment import Attachment
 from conveyor_client._errors import ConveyorError, DeadlineExceeded, NotOpen, SessionNotFound
 from conveyor_client._generation import Generation
-from conveyor_client._ledger import Chunk
 from conveyor_client._nouns import (
-    OUTPUT_MODES,
     TRACE_MODES,
     FloatArray,
     ModelInfo,
     Output,
     SessionInfo,
     TraceMode,
-    TraceValue,
 )
-from conveyor_client._trace import Trace, trace_from_proto
+from conveyor_client._sending import Sender
+from conveyor_client._trace import Trace
 
 if TYPE_CHECKING:
     from conveyor_client._client import Client
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """What was submitted together: the parts of one chunk, and whether one row is wanted of it."""
-
-    chunks: list[Chunk]
-    single: bool
-
-    def give_up(self) -> None:
-        """Stops waiting; what has a number runs all the same."""
-        for chunk in self.chunks:
-            chunk.future.cancel()
 
 
 class Session:
@@ -71,6 +55,7 @@ class Session:
         self._client = client
         self._output: Output = output
         self._attachment = Attachment(client, request, own_stream=own_stream)
+        self._sender = Sender(self._attachment, client.options.timeout_seconds)
 
     # --- what it is ------------------------------------------------------------------------------
 
@@ -237,8 +222,8 @@ class Session:
             ConveyorError: Anything else, by class.
         """
         mode = output or self._output
-        sent = self._send(inputs, mode, timeout_seconds)
-        return self._output_of(sent, await self._wait_for(sent, timeout_seconds))
+        sent = self._sender.send(inputs, mode, timeout_seconds)
+        return (await self._sender.wait_for(sent, timeout_seconds)).output
 
     async def stream(
         self,
@@ -266,30 +251,10 @@ class Session:
             ConveyorError: As `step`; inputs after the failed one are not run.
         """
         mode = output or self._output
-        room = asyncio.Semaphore(max(1, in_flight))
-        sent: asyncio.Queue[_Sent | None] = asyncio.Queue()
-
-        async def feed() -> None:
-            try:
-                async for item in _each(inputs):
-                    await room.acquire()
-                    sent.put_nowait(self._send(item, mode, timeout_seconds))
-            finally:
-                sent.put_nowait(None)
-
-        feeder = asyncio.create_task(feed())
-        try:
-            while (head := await sent.get()) is not None:
-                chunks = await self._wait_for(head, timeout_seconds)
-                room.release()
-                yield self._output_of(head, chunks)
-            await feeder  # raises what reading or packing the inputs raised
-        finally:
-            feeder.cancel()
-            await asyncio.gather(feeder, return_exceptions=True)
-            while not sent.empty():
-                if (left := sent.get_nowait()) is not None:
-                    left.give_up()
+        answered = self._sender.in_order(inputs, in_flight, mode, timeout_seconds)
+        async with aclosing(answered):
+            async for sent in answered:
+                yield sent.output
 
     async def step_with_trace(
         self,
@@ -306,16 +271,47 @@ class Session:
             timeout_seconds: As for `step`.
 
         Returns:
-            The output rows, and the trace.
+            The output rows, and the trace, one row for each step. Steps that were answered from the
+            server's memory, after the connection broke, have none: see `Trace.covered`.
 
         Raises:
             NotSupported: The server does not trace.
             ConveyorError: As `step`.
         """
-        sent = self._send(inputs, "all", timeout_seconds, trace=TRACE_MODES[mode])
-        chunks = await self._wait_for(sent, timeout_seconds)
-        traces = [trace for chunk in chunks for trace in chunk.traces]
-        return self._output_of(sent, chunks), trace_from_proto(traces)
+        sent = self._sender.send(inputs, "all", timeout_seconds, trace=TRACE_MODES[mode])
+        await self._sender.wait_for(sent, timeout_seconds)
+        return sent.output, sent.trace
+
+    async def stream_with_trace(
+        self,
+        inputs: AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike],
+        *,
+        mode: TraceMode = "summary",
+        in_flight: int = 32,
+        timeout_seconds: float | None = None,
+    ) -> AsyncGenerator[tuple[FloatArray, Trace]]:
+        """Runs steps or chunks, several in flight, and tells what the gates did.
+
+        As `stream`, with what `step_with_trace` returns for each input.
+
+        Args:
+            inputs: Steps or chunks, each as `step` takes it.
+            mode: "summary" for statistics of each gate, "full" for every activation.
+            in_flight: At most so many are sent ahead of the output that was yielded last.
+            timeout_seconds: For each of them.
+
+        Yields:
+            The output rows and the trace of each input, in order.
+
+        Raises:
+            NotSupported: The server does not trace.
+            ConveyorError: As `step`; inputs after the failed one are not run.
+        """
+        trace = TRACE_MODES[mode]
+        answered = self._sender.in_order(inputs, in_flight, "all", timeout_seconds, trace=trace)
+        async with aclosing(answered):
+            async for sent in answered:
+                yield sent.output, sent.trace
 
     def generate(
         self,
@@ -459,49 +455,6 @@ class Session:
 
     # --- inside ----------------------------------------------------------------------------------
 
-    def _send(
-        self,
-        inputs: npt.ArrayLike,
-        mode: Output,
-        timeout_seconds: float | None,
-        *,
-        trace: TraceValue = session_pb2.TRACE_MODE_UNSPECIFIED,
-    ) -> "_Sent":
-        """Submits a step or a chunk, a long one in parts."""
-        opened = self._attachment.require()
-        rows, length, single = opened.codec.encode(inputs)
-        submit, part_steps = self._attachment.submit, opened.part_steps_max
-        if length <= part_steps:
-            output = OUTPUT_MODES[mode]
-            chunk = submit(rows, length, output, trace=trace, timeout_seconds=timeout_seconds)
-            return _Sent([chunk], single or mode == "last")
-        chunks: list[Chunk] = []
-        row_bytes = opened.model.input.row_bytes
-        for start in range(0, length, part_steps):
-            end = min(start + part_steps, length)
-            output = OUTPUT_MODES["none" if mode == "last" and end < length else mode]
-            part = rows[start * row_bytes : end * row_bytes]
-            chunks.append(
-                submit(part, end - start, output, trace=trace, timeout_seconds=timeout_seconds)
-            )
-        return _Sent(chunks, mode == "last")
-
-    async def _wait_for(self, sent: "_Sent", timeout_seconds: float | None) -> list[Chunk]:
-        seconds = self._seconds(timeout_seconds)
-        try:
-            for chunk in sent.chunks:
-                await self._attachment.wait_for(chunk, seconds)
-        finally:
-            sent.give_up()  # of no effect on what is answered
-        return sent.chunks
-
-    def _output_of(self, sent: "_Sent", chunks: list[Chunk]) -> FloatArray:
-        pieces = [piece for chunk in chunks for piece in chunk.pieces]
-        rows = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        opened = self._attachment.opened
-        assert opened is not None, "chunks come from an open session"
-        return opened.codec.decode(rows, sent.single)
-
     async def _generate(
         self, request: session_pb2.GenerateRequest, timeout_seconds: float | None
     ) -> AsyncGenerator[session_pb2.GenerateResponse]:
@@ -529,14 +482,3 @@ class Session:
 
     def _seconds(self, timeout_seconds: float | None) -> float:
         return self._client.options.timeout_seconds if timeout_seconds is None else timeout_seconds
-
-
-async def _each(
-    items: AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike],
-) -> AsyncGenerator[npt.ArrayLike]:
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield item
-        return
-    for item in items:
-        yield item

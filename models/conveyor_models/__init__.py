@@ -17,12 +17,14 @@ from conveyor_models.cells import (
 from conveyor_models.errors import (
     BundleError,
     BundleFileError,
+    ImporterMissingError,
+    ImportFileError,
     RepositoryError,
     SpecError,
     UnsupportedModuleError,
     WeightsError,
 )
-from conveyor_models.from_torch import weights_from_torch
+from conveyor_models.importers.torch_state import weights_from_torch
 from conveyor_models.layers import GruLayer, Layer, LstmLayer, RecurrentLayer, RnnLayer
 from conveyor_models.network import (
     Carry,
@@ -31,7 +33,7 @@ from conveyor_models.network import (
     cell_weights,
     layer_tensors,
 )
-from conveyor_models.repository import FoundBundle, RepositoryListing, scan
+from conveyor_models.repository import FoundBundle, RepositoryListing, add_bundle, scan
 from conveyor_models.spec import AttentionSpec, ModelSpec, parse_spec
 
 __all__ = [
@@ -47,6 +49,8 @@ __all__ = [
     "GruLayer",
     "GruWeights",
     "HiddenCarry",
+    "ImportFileError",
+    "ImporterMissingError",
     "Layer",
     "LstmCarry",
     "LstmLayer",
@@ -62,6 +66,7 @@ __all__ = [
     "SpecError",
     "UnsupportedModuleError",
     "WeightsError",
+    "add_bundle",
     "attend",
     "attention_memory",
     "attention_weights",

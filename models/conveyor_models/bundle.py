@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from conveyor_models.errors import BundleFileError, SpecError, WeightsError
+from conveyor_models.errors import SpecError, WeightsError
+from conveyor_models.files import read_inside
 from conveyor_models.network import Network
 from conveyor_models.spec import ModelSpec, Shape, parse_spec
 
@@ -145,35 +145,8 @@ def _update(digest: hashlib._Hash, part: bytes) -> None:  # pyright: ignore[repo
 
 
 def _read(folder: Path, name: str, bytes_max: int) -> bytes:
-    """The content of a file of the bundle, after checking that it is one and how large it is."""
-    path = folder / name
-    try:
-        real = path.resolve(strict=True)
-        inside = real.is_relative_to(folder.resolve(strict=True))
-    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError
-        raise BundleFileError(_missing(folder, name), path=path, key=name) from error
-    if not inside:
-        raise BundleFileError("is a link that leaves the bundle's folder", path=path, key=name)
-    try:
-        with open(real, "rb", opener=_open_at_once) as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise BundleFileError("is not a regular file", path=path, key=name)
-            if found.st_size > bytes_max:
-                raise BundleFileError(
-                    f"{found.st_size} bytes, expected at most {bytes_max}", path=path, key=name
-                )
-            data = file.read(bytes_max + 1)
-    except OSError as error:
-        raise BundleFileError(f"cannot be read: {error.strerror}", path=path, key=name) from error
-    if len(data) != found.st_size:
-        raise BundleFileError("changed while it was read", path=path, key=name)
-    return data
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Opens without waiting: a pipe would otherwise wait for somebody to write to it."""
-    return os.open(path, flags | os.O_NONBLOCK)
+    """The content of a file of the bundle."""
+    return read_inside(folder, name, bytes_max, missing=lambda: _missing(folder, name))
 
 
 def _missing(folder: Path, name: str) -> str:

@@ -1,11 +1,13 @@
-"""What can be wrong with a bundle.
+"""What can be wrong with a bundle, or with a file that is to become one.
 
 BundleError                      anything that keeps a bundle from being used
 ├── BundleFileError              a file is missing, not a regular file, outside, or too large
 ├── SpecError                    model.toml does not say what a model is
 ├── WeightsError                 weights.safetensors does not hold what model.toml asks for
 ├── RepositoryError              the folder of bundles is not laid out as NAME/ or NAME/VERSION/
-└── UnsupportedModuleError       a torch module has something the bundle format cannot express
+├── ImportFileError              a file to import is damaged, too large, or not of its format
+├── ImporterMissingError         what reads the format is not installed
+└── UnsupportedModuleError       a model has something that the bundle format cannot express
 
 Every message names the file and the key or the tensor, what was found there and what was expected,
 so that it can be printed as it is.
@@ -46,5 +48,17 @@ class RepositoryError(BundleError):
     """A folder of bundles is not laid out as NAME/ or NAME/VERSION/."""
 
 
+class ImportFileError(BundleError):
+    """A file to import is damaged, larger than allowed, or not of the format it is taken for."""
+
+
+class ImporterMissingError(BundleError):
+    """The package that reads a format is not installed."""
+
+
 class UnsupportedModuleError(BundleError):
-    """A torch module has something the bundle format cannot express: refused, not approximated."""
+    """A model of another framework has something that the bundle format cannot express.
+
+    It is refused, not approximated, and `key` is the layer, node or tensor. The same where a file
+    can be understood in two ways: the message says which option decides.
+    """

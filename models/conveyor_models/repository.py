@@ -7,12 +7,25 @@ none of the others.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from conveyor_models.bundle import SPEC_FILE, WEIGHTS_FILE, load_spec
+from torch import Tensor
+
+from conveyor_models.bundle import (
+    SPEC_FILE,
+    WEIGHTS_FILE,
+    Bundle,
+    load_bundle,
+    load_spec,
+    save_bundle,
+)
 from conveyor_models.errors import BundleError, RepositoryError
 from conveyor_models.spec import ModelSpec
 
@@ -69,6 +82,60 @@ def scan(folder: Path) -> RepositoryListing:
             problems.append(error)
     bundles.sort(key=lambda bundle: (bundle.spec.name, bundle.spec.version))
     return RepositoryListing(tuple(bundles), tuple(problems))
+
+
+def add_bundle(
+    folder: Path,
+    spec: ModelSpec,
+    weights: Mapping[str, Tensor],
+    *,
+    versioned: bool = False,
+    replace: bool = False,
+) -> Bundle:
+    """Puts a bundle into a repository.
+
+    It is written aside and renamed into place, so that a server that looks never finds half of it.
+
+    Args:
+        folder: the repository; made if it is not there.
+        spec: the structure; it has the name and the version.
+        weights: as for `save_bundle`.
+        versioned: to NAME/VERSION/ rather than NAME/.
+        replace: whether a bundle that is there may give way.
+
+    Raises:
+        RepositoryError: that version is there, or NAME/ is laid out in the other way.
+        WeightsError: the weights are not the ones the spec asks for.
+    """
+    base = folder / spec.name
+    target = base / str(spec.version) if versioned else base
+    _check_room(folder, base, target, versioned=versioned, replace=replace)
+    try:
+        (base if versioned else folder).mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
+    except OSError as error:
+        raise RepositoryError(f"cannot be written: {error.strerror}", path=folder) from error
+    try:
+        save_bundle(draft / "new", spec, weights)
+        if target.exists():
+            os.rename(target, draft / "old")
+        os.rename(draft / "new", target)
+    except OSError as error:
+        raise RepositoryError(f"cannot be written: {error.strerror}", path=target) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return load_bundle(target)
+
+
+def _check_room(folder: Path, base: Path, target: Path, *, versioned: bool, replace: bool) -> None:
+    if base.exists():
+        _check_inside(folder, base)
+        if versioned and (base / SPEC_FILE).exists():
+            raise RepositoryError("is a bundle itself, so it has no versions", path=base)
+        if not versioned and any(_VERSION.fullmatch(path.name) for path in _folders(base)):
+            raise RepositoryError("has versions already, so say which this is", path=base)
+    if os.path.lexists(target) and not replace and (not target.is_dir() or any(target.iterdir())):
+        raise RepositoryError("is there already, and is not replaced unless told", path=target)
 
 
 def _scan_name(

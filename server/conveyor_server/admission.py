@@ -18,25 +18,25 @@ from conveyor_server.core import (
     Chunk,
     Durability,
     InputKind,
+    MemoryRows,
     ModelInfo,
     OpenMode,
     OpenRequest,
     OutputMode,
     Reply,
+    TraceMode,
 )
 from conveyor_server.errors import (
     ChunkTooLong,
     ConveyorError,
     EmptyChunk,
     InvalidField,
-    InvalidMemory,
     InvalidShape,
     InvalidToken,
     MessageTooLarge,
     ModelNotFound,
     ModelNotGenerative,
     NonFiniteInput,
-    NotSupported,
     TokenOutOfRange,
 )
 from conveyor_server.scheduler.generation import Plan
@@ -53,6 +53,7 @@ PAGE_SIZE_MAX: Final = 1000
 _ALL: Final = OutputMode.ALL
 _LAST: Final = OutputMode.LAST
 _NONE: Final = OutputMode.NONE
+_TRACES: Final = (TraceMode.NONE, TraceMode.SUMMARY, TraceMode.FULL)
 
 E = TypeVar("E", OpenMode, Durability)
 
@@ -70,6 +71,8 @@ class Binding:
     model: ModelInfo
     reply: Reply
     handle: int = 0
+    memory_rows: int = 0
+    """In what it attends over."""
 
 
 @dataclass(slots=True)
@@ -94,25 +97,25 @@ class Admission:
         """Checks one chunk with its rows.
 
         Raises:
-            EmptyChunk, ChunkTooLong, InvalidField, InvalidShape, NonFiniteInput, TokenOutOfRange,
-            NotSupported.
+            EmptyChunk, ChunkTooLong, InvalidField, InvalidShape, NonFiniteInput, TokenOutOfRange.
         """
         self._check_entry(entry)
         check_size(entry.binding.model, rows, entry.length)
         check_values(entry.binding.model, rows)
         return _chunk(entry, rows, now, deadline)
 
-    def message(self, payload: bytes) -> None:
-        """Checks the size of a message by the payload that makes nearly all of it.
+    def message(self, *payloads: bytes) -> None:
+        """Checks the size of a message by the payloads that make nearly all of it.
 
         The transport's own limit stands a little higher and ends the call without a reason.
 
         Raises:
             MessageTooLarge: It is above `limits.message_bytes_max`.
         """
-        if len(payload) > self.limits.message_bytes_max:
+        size = sum(map(len, payloads))
+        if size > self.limits.message_bytes_max:
             raise MessageTooLarge(
-                f"the message holds {len(payload)} bytes",
+                f"the message holds {size} bytes",
                 limit="limits.message_bytes_max",
                 maximum=self.limits.message_bytes_max,
             )
@@ -164,14 +167,16 @@ class Admission:
         mode: int,
         durability: int,
         idle_seconds: float | None,
-        has_memory: bool,
+        memory: MemoryRows | None,
         labels: Mapping[str, str],
         token: str,
     ) -> OpenRequest:
         """Checks OpenSession.
 
+        Whether the model takes such a memory is told where the model is known.
+
         Raises:
-            InvalidField, InvalidMemory, InvalidToken, ModelNotFound.
+            InvalidField, InvalidToken, MessageTooLarge, ModelNotFound, NonFiniteInput.
         """
         check_model_name(model)
         if len(token) > TOKEN_CHARACTERS_MAX:
@@ -182,8 +187,6 @@ class Admission:
             raise InvalidField("model", "required to create a session")
         if version < 0:
             raise InvalidField("version", "below 0")
-        if has_memory:
-            raise InvalidMemory("the model has no attention, so it takes no memory")
         return OpenRequest(
             principal=principal,
             session_id=session_id,
@@ -194,7 +197,22 @@ class Admission:
             idle_seconds=None if idle_seconds is None else self.idle_seconds(idle_seconds),
             labels=self._labels(labels),
             token=token,
+            memory=self.memory(memory),
         )
+
+    def memory(self, memory: MemoryRows | None, *beside: bytes) -> MemoryRows | None:
+        """Checks what to attend over, as far as that needs no model; `beside`: the other payloads.
+
+        Raises:
+            MessageTooLarge, NonFiniteInput.
+        """
+        if memory is None:
+            return None
+        self.message(memory.rows, *beside)
+        whole = len(memory.rows) // ELEMENT_BYTES
+        if not np.isfinite(np.frombuffer(memory.rows, dtype=_FLOAT32, count=whole)).all():
+            raise NonFiniteInput("a number of the memory is NaN or infinite")
+        return memory
 
     def idle_seconds(self, seconds: float) -> float:
         """Checks a wanted idle time.
@@ -276,15 +294,21 @@ class Admission:
         _check_length(entry.length, min(model.chunk_steps_max, self.limits.chunk_steps_max))
         if not 1 <= entry.first_step <= STEP_MAX:
             raise InvalidField("first_step", "steps are numbered from 1")
-        self._check_output(model, entry.length, entry.output)
+        traced = 0
         if entry.trace:
-            raise NotSupported("this server returns no traces")
+            if not 0 <= entry.trace < len(_TRACES):
+                raise InvalidField("trace", "not a known mode")
+            traced = _trace_bytes(entry)
+        self._check_output(model, entry.length, entry.output, traced)
 
-    def _check_output(self, model: ModelInfo, length: int, output: int) -> None:
+    def _check_output(
+        self, model: ModelInfo, length: int, output: int, trace_bytes: int = 0
+    ) -> None:
         if not 0 <= output <= _NONE:
             raise InvalidField("output", "not a known mode")
-        wanted = length * model.output_size * ELEMENT_BYTES
-        if wanted > self.limits.result_bytes_max and output <= _ALL:
+        rows = length if output <= _ALL else 1 if output == _LAST else 0
+        wanted = rows * model.output_size * ELEMENT_BYTES + trace_bytes
+        if wanted > self.limits.result_bytes_max:
             raise ChunkTooLong(
                 f"{length} steps give {wanted} bytes of results",
                 limit="limits.result_bytes_max",
@@ -315,11 +339,12 @@ def check_model_name(name: str) -> None:
 
 
 def result_bytes(chunk: Chunk) -> int:
-    """Bytes of the output rows that are wanted of a chunk."""
+    """Bytes of the output rows and of the trace that are wanted of a chunk."""
     output = chunk.output
     if output is _ALL:
-        return chunk.length * chunk.model.output_size * ELEMENT_BYTES
-    return chunk.model.output_size * ELEMENT_BYTES if output is _LAST else 0
+        return chunk.length * chunk.model.output_size * ELEMENT_BYTES + chunk.trace_bytes
+    rows = chunk.model.output_size * ELEMENT_BYTES if output is _LAST else 0
+    return rows + chunk.trace_bytes
 
 
 def page_size(wanted: int) -> int:
@@ -393,7 +418,16 @@ def _chunk(entry: Entry, rows: bytes, now: float, deadline: float | None) -> Chu
         arrived_seconds=now,
         deadline_seconds=deadline,
         handle=binding.handle,
+        trace=_TRACES[entry.trace],
+        trace_bytes=_trace_bytes(entry) if entry.trace else 0,
     )
+
+
+def _trace_bytes(entry: Entry) -> int:
+    """Bytes that the trace of a chunk takes."""
+    binding = entry.binding
+    a_step = binding.model.trace_step_bytes(_TRACES[entry.trace], binding.memory_rows)
+    return entry.length * a_step
 
 
 def _enum(kind: type[E], value: int, field: str) -> E:

@@ -218,7 +218,18 @@ class App:
             ("model", "version", "state"),
             self._read_slots,
         )
-        gauge("conveyor_state_bytes", "Bytes of carries.", ("tier",), self._read_state_bytes)
+        gauge(
+            "conveyor_state_bytes",
+            "Bytes of carries and memories; a memory on the device is in host memory too.",
+            ("tier",),
+            self._read_state_bytes,
+        )
+        gauge(
+            "conveyor_predictions",
+            "Whole sequences on models that cannot be stepped.",
+            ("state",),
+            self._read_predictions,
+        )
         gauge(
             "conveyor_held_result_bytes",
             "Bytes of inputs and results held for retries.",
@@ -266,13 +277,19 @@ class App:
             yield (key.name, str(key.version), "used"), used
             yield (key.name, str(key.version), "free"), total - used
 
+    def _read_predictions(self) -> Iterable[tuple[Labels, float]]:
+        predictions = self._scheduler.predictions
+        return [(("waiting",), predictions.waiting), (("running",), predictions.running)]
+
     def _read_state_bytes(self) -> Iterable[tuple[Labels, float]]:
         device = sum(
             session.model.carry_bytes
             for session in self._scheduler.sessions
             if session.tier is Tier.DEVICE
         )
-        return [(("device",), device), (("host",), self._store.size_bytes)]
+        memories = self._scheduler.memories
+        host = self._store.size_bytes + memories.size_bytes
+        return [(("device",), device + memories.device_bytes), (("host",), host)]
 
 
 def _tracing(config: TracingConfig) -> "Tracing | None":

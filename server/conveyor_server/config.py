@@ -136,6 +136,20 @@ class LimitsConfig(_Section):
     """StreamSteps calls at once."""
     concurrent_calls_max: int = Field(default=16_384, ge=1)
     """Calls of all kinds at once; beyond it the transport itself refuses."""
+    memory_rows_max: int = Field(default=4_096, ge=1)
+    """Rows in what one session attends over; a bundle may set a lower one for itself.
+
+    Neither is reached where so many rows would not fit into a message together with the carry.
+    """
+    memories_bytes_max: int = Field(default=2 * 2**30, ge=1)
+    """Bytes of what all sessions attend over; what forks share counts once."""
+    predictions_max: int = Field(default=64, ge=1)
+    """Predict calls at once on models with layers that run from the end."""
+    running_predictions_max: int = Field(default=4, ge=1)
+    """Those of them that are begun; the others wait for their turn.
+
+    One that is begun holds what a layer puts out at every step.
+    """
     steps_in_flight_max: int = Field(default=32_768, ge=1)
     """Steps of one session accepted and not yet answered; `chunk_steps_max` or more."""
     frame_entries_max: int = Field(default=16_384, ge=1)

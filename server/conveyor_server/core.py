@@ -6,6 +6,7 @@ float32 for features and outputs, int32 for tokens.
 
 import enum
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -18,6 +19,12 @@ SESSION_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 """What a session id looks like, to be matched in full."""
 STEP_MAX: Final = 2**62
 """No step has a higher number."""
+SUMMARY_VALUES: Final = 5
+"""Numbers that a gate is summarised in."""
+SUMMARY_BYTES: Final = 2 + SUMMARY_VALUES * (1 + ELEMENT_BYTES)
+"""Bytes that a summary takes in a message."""
+TRACE_NAME_BYTES: Final = 32
+"""Bytes that a layer, or one of its gates, takes in a message beside its values; rounded up."""
 
 SessionKey = tuple[str, str]
 """Principal and session id.
@@ -97,6 +104,13 @@ class LayerInfo:
     size: int
     projection: int
     options: tuple[tuple[str, str], ...] = ()
+    traced: tuple[tuple[str, int], ...] = ()
+    """What a trace shows: each gate's or state's name, and how many units it has."""
+
+    @property
+    def direction(self) -> str:
+        """forward, reverse or bidirectional."""
+        return dict(self.options).get("direction", "forward")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +137,10 @@ class ModelInfo:
     chunk_steps_max: int
     streamable: bool = True
     """False for networks with bidirectional or reverse layers: Predict only."""
+    memory_row_size: int = 0
+    """Elements in a row of what a session attends over; 0 for models without attention."""
+    memory_rows_max: int = 0
+    """Most such rows that one session may bring."""
 
     @property
     def input_row_bytes(self) -> int:
@@ -133,6 +151,20 @@ class ModelInfo:
     def output_row_bytes(self) -> int:
         """Bytes in an output row."""
         return self.output_size * ELEMENT_BYTES
+
+    @property
+    def memory_row_bytes(self) -> int:
+        """Bytes in a row of a memory; 0 for models without attention."""
+        return self.memory_row_size * ELEMENT_BYTES
+
+    def trace_step_bytes(self, mode: TraceMode, memory_rows: int) -> int:
+        """Bytes that the trace of one step takes in a message, names aside."""
+        if mode is TraceMode.NONE:
+            return 0
+        gates = [units for layer in self.layers for _, units in layer.traced]
+        full = mode is TraceMode.FULL
+        seen = sum(gates) * ELEMENT_BYTES if full else len(gates) * SUMMARY_BYTES
+        return seen + memory_rows * ELEMENT_BYTES
 
     @property
     def generative(self) -> bool:
@@ -175,6 +207,27 @@ class Trace:
     """The weights of the memory's rows, float32, a row for each step; empty without attention."""
     attention_columns: int = 0
 
+    @property
+    def size_bytes(self) -> int:
+        """What it takes in a message, rounded up."""
+        gates = [gate for layer in self.layers for gate in layer.gates]
+        if self.mode is TraceMode.FULL:
+            seen = sum(len(gate.values) for gate in gates)
+        else:
+            seen = len(gates) * self.steps * SUMMARY_BYTES
+        named = 1 + len(self.layers) + len(gates)
+        return seen + len(self.attention) + named * TRACE_NAME_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRows:
+    """What a session is to attend over, as its caller gave it."""
+
+    length: int
+    """Rows, as declared."""
+    rows: bytes
+    """Packed, float32."""
+
 
 @dataclass(slots=True)
 class Piece:
@@ -189,6 +242,13 @@ class Piece:
     """Whether the chunk ends with this piece."""
     duplicate: bool = False
     durable_step: int = 0
+    trace: Trace | None = None
+    """If it was wanted and the steps ran now."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of what was wanted of it."""
+        return len(self.rows) + (0 if self.trace is None else self.trace.size_bytes)
 
 
 class Reply(Protocol):
@@ -232,6 +292,26 @@ class Chunk:
     """The stream-local name, for the reply."""
     done: int = 0
     """Steps applied so far."""
+    trace: TraceMode = TraceMode.NONE
+    trace_bytes: int = 0
+    """What the trace of all steps takes in messages."""
+
+
+@dataclass(slots=True, eq=False)
+class WholeSequence:
+    """A sequence for a model that cannot be stepped: it runs whole or not at all."""
+
+    model: ModelInfo
+    """What it was checked against."""
+    rows: bytes
+    length: int
+    outputs: int
+    """How many of the last steps' output rows are wanted."""
+    settle: Callable[[bytes | ConveyorError], None]
+    """Takes the output rows or what went wrong, once; on the scheduler's thread."""
+    arrived_seconds: float
+    deadline_seconds: float | None = None
+    """Monotonic time by which it has to be done."""
 
 
 class Owner(Reply, Protocol):
@@ -264,6 +344,7 @@ class SessionView:
     expire_seconds: float
     idle_seconds: float
     labels: tuple[tuple[str, str], ...] = ()
+    memory_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +364,7 @@ class OpenRequest:
     labels: tuple[tuple[str, str], ...] = ()
     ephemeral: bool = False
     """Made for one call and not listed."""
+    memory: MemoryRows | None = None
 
 
 @dataclass(frozen=True, slots=True)

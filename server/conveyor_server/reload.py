@@ -39,7 +39,7 @@ class Reloader:
     ) -> None:
         """Looks at nothing yet."""
         self._folder = config.models.folder
-        self._chunk_steps_max = config.limits.chunk_steps_max
+        self._limits = config.limits
         self._every_seconds = config.models.reload_seconds
         self._engine = engine
         self._models = models
@@ -82,7 +82,7 @@ class Reloader:
         }
         try:
             found = await asyncio.to_thread(
-                load_repository, self._folder, self._engine, known, self._chunk_steps_max
+                load_repository, self._folder, self._engine, known, self._limits
             )
         except BundleError as error:
             _log.error("the model repository cannot be read", extra={"problem": str(error)})

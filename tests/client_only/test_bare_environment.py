@@ -14,7 +14,14 @@ from tests.unit.client.fake import FakeServer, ServerThread
 
 ROOT = Path(__file__).resolve().parents[2]
 # typer brings pydantic along, so that one may be there, but the library must not load it.
-NOT_INSTALLED = ["torch", "pydantic_settings", "prometheus_client", "safetensors", "grpc_health"]
+NOT_INSTALLED = [
+    "torch",
+    "matplotlib",
+    "pydantic_settings",
+    "prometheus_client",
+    "safetensors",
+    "grpc_health",
+]
 NOT_LOADED = ["conveyor_server", "conveyor_models", "pydantic", "typer", "rich"]
 
 pytestmark = pytest.mark.timeout(300)
@@ -123,6 +130,20 @@ def test_the_command_works(bare: Path, tmp_path: Path, server: FakeServer) -> No
         bare / "conveyor", "run", "counter", rows, cwd=tmp_path, CONVEYOR_TARGET=server.target
     )
     assert out == "left,right\n1,2\n4,6\n"
+
+
+def test_gates_are_watched_and_pictures_name_their_extra(
+    bare: Path, tmp_path: Path, server: FakeServer
+) -> None:
+    watch = (bare / "conveyor", "watch", "tokens", "--text", "ab")
+    lines = run(*watch, cwd=tmp_path, CONVEYOR_TARGET=server.target).splitlines()
+    assert lines[2].startswith("step 1  in a  out ")
+    assert lines[3].startswith("step 2  in b  out ")
+    refused = subprocess.run(
+        [*watch, "--png", "gates.png"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    assert refused.stderr == "error: pictures need matplotlib: pip install 'conveyor[plot]'\n"
 
 
 def test_the_wheel_is_typed_and_carries_no_build_leftovers(bare: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,13 @@ from torch import Tensor
 
 from conveyor_models import load_bundle
 from conveyor_server.engine import engine as engine_module
-from conveyor_server.engine import packing
+from conveyor_server.engine import packing, trace
+from conveyor_server.engine.attention import Attention
 from conveyor_server.engine.engine import SameBitsError, TorchEngine
 from conveyor_server.engine.probe import same_bits
 from conveyor_server.engine.products import BlockedFamily, Product, ProductFamily
+from conveyor_server.engine.trace import Tap
+from tests.fidelity.cases import FAMILIES
 from tests.fidelity.networks import (
     CPU,
     families,
@@ -27,14 +31,17 @@ from tests.fidelity.networks import (
     random_rows,
     random_weights,
 )
-from tests.fidelity.same_bits import SETTINGS, Scenario, Turn, difference, holds, scenarios
+from tests.fidelity.same_bits import (
+    SETTINGS,
+    Scenario,
+    Turn,
+    difference,
+    holds,
+    holds_in_slices,
+    scenarios,
+)
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("family", families(1), ids=lambda family: family.name)
@@ -42,17 +49,24 @@ def test_bits_depend_on_the_session_alone(family: ProductFamily) -> None:
     holds(lambda: family, examples=120)
 
 
-def test_bits_depend_on_the_session_alone_with_two_threads() -> None:
+@pytest.mark.parametrize(("threads", "examples"), [(2, 20), (3, 6), (4, 6)])
+def test_bits_depend_on_the_session_alone_with_threads(threads: int, examples: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fidelity.same_bits", "2", "40"],
+        [sys.executable, "-m", "tests.fidelity.same_bits", str(threads), str(examples)],
         cwd=ROOT,
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},  # no spinning where others need the cores
         capture_output=True,
         text=True,
         timeout=110,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("same bits with 2 threads") == len(families(2))
+    assert done.stdout.count(f"same bits with {threads} threads") == len(families(threads))
+
+
+@pytest.mark.parametrize("family", families(1), ids=lambda family: family.name)
+def test_whole_sequences_have_the_same_bits_in_any_slices(family: ProductFamily) -> None:
+    holds_in_slices(lambda: family, examples=60)
 
 
 @pytest.mark.parametrize("name", ["letters", "temperature"])
@@ -196,6 +210,41 @@ def test_the_property_finds_a_carry_that_is_lost() -> None:
         assert difference(scenario, BlockedFamily()) is not None
 
 
+def test_scores_less_the_batchs_greatest_break_the_promise_and_the_property_finds_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def weigh(self: Attention, query: Tensor, keys: Tensor, absent: Tensor) -> Tensor:
+        e = (query[:, None] + keys).sigmoid().mul(self._score).sum(2) + absent
+        e = (e - e.amax()).exp()
+        return e / e.sum(1, keepdim=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Attention, "weigh", weigh)
+        found = _counterexample(BlockedFamily())
+    assert difference(found, BlockedFamily()) is None
+
+
+def test_a_trace_that_touches_what_it_sees_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    see = Tap.see
+
+    def touch(self: Tap, **values: Tensor) -> None:
+        see(self, **values)
+        for value in values.values():
+            value.mul_(1.0 + 2.0**-20)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tap, "see", touch)
+        found = _counterexample(BlockedFamily())
+    assert difference(found, BlockedFamily()) is None
+
+
+def test_a_trace_of_somebody_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(trace, "accumulate", lambda counts: [0] * len(counts))
+        found = _counterexample(BlockedFamily())
+    assert difference(found, BlockedFamily()) is None
+
+
 def test_a_model_no_family_can_keep_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "same_bits", lambda *_: False)
     spec = make_spec([5], features=2)
@@ -228,8 +277,9 @@ def test_a_row_of_a_head_does_not_depend_on_its_place(family: ProductFamily, out
     assert len({out.tobytes() for out in together}) == 1
 
 
-def test_one_session_in_256_keeps_its_bits() -> None:
-    spec = make_spec([65], features=9)
+@pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES.keys())
+def test_one_session_in_256_keeps_its_bits(options: dict[str, object]) -> None:
+    spec = make_spec([{**options, "size": 65}], features=9)
     loaded = load(make_bundle(spec, random_weights(spec, 0)), slots=256)
     inputs = [random_rows(spec, 3, number) for number in range(256)]
     together = loaded.run_batch(inputs)

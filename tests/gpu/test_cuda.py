@@ -10,23 +10,35 @@ import pytest
 import torch
 
 from conveyor_models import ModelSpec, load_bundle
+from conveyor_server.core import TraceMode
 from conveyor_server.engine.engine import DeviceError, TorchEngine, choose_device
-from conveyor_server.engine.port import Work
+from conveyor_server.engine.port import Done, Work
 from conveyor_server.engine.probe import same_bits
 from conveyor_server.engine.products import BlockedFamily
 from conveyor_server.engine.runner import ModelRunner
 from conveyor_server.errors import DeviceOutOfMemory
 from tests.fidelity import reference
+from tests.fidelity.cases import (
+    FAMILIES,
+    MEMORY_ROWS,
+    PREDICTED,
+    STEPS,
+    STREAMED,
+    TOLERANCE_FLOAT32,
+)
 from tests.fidelity.networks import (
     Loaded,
+    Rows,
     load,
     make_bundle,
     make_spec,
+    random_memory,
     random_rows,
     random_weights,
 )
-from tests.fidelity.same_bits import holds
-from tests.fidelity.test_lstm import SPECS, STEPS, TOLERANCE_FLOAT32
+from tests.fidelity.same_bits import holds, holds_in_slices
+from tests.fidelity.test_failures import STACKS
+from tests.fidelity.traced import parts_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,13 +59,48 @@ def _loaded(spec: ModelSpec = SPEC, slots: int = 16) -> Loaded:
 # --- fidelity ---
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def _memories(spec: ModelSpec, sessions: int) -> list[Rows | None]:
+    if spec.attention is None:
+        return [None] * sessions
+    return [random_memory(spec, MEMORY_ROWS[-1 - n % 4], n) for n in range(sessions)]
+
+
+@pytest.mark.parametrize("spec", STREAMED.values(), ids=STREAMED.keys())
 def test_the_engine_computes_the_equations(spec: ModelSpec) -> None:
     weights = random_weights(spec, 0)
     inputs = [random_rows(spec, steps, steps) for steps in (STEPS, 1, 17, 400)]
-    outputs = load(make_bundle(spec, weights), device=DEVICE).run_batch(inputs)
-    for rows, out in zip(inputs, outputs, strict=True):
-        assert reference.error(out, reference.run(spec, weights, rows)) < TOLERANCE_FLOAT32
+    memories = _memories(spec, len(inputs))
+    outputs = load(make_bundle(spec, weights), device=DEVICE).run_batch(inputs, memories)
+    for rows, memory, out in zip(inputs, memories, outputs, strict=True):
+        expected = reference.run(spec, weights, rows, memory)
+        assert reference.error(out, expected) < TOLERANCE_FLOAT32
+
+
+@pytest.mark.parametrize("spec", PREDICTED.values(), ids=PREDICTED.keys())
+def test_a_whole_sequence_computes_the_equations(spec: ModelSpec) -> None:
+    weights = random_weights(spec, 0)
+    rows = random_rows(spec, STEPS, 0)
+    out = load(make_bundle(spec, weights), device=DEVICE).predict(rows)
+    assert reference.error(out, reference.run(spec, weights, rows)) < TOLERANCE_FLOAT32
+
+
+@pytest.mark.parametrize("spec", STREAMED.values(), ids=STREAMED.keys())
+def test_a_trace_shows_what_the_equations_say(spec: ModelSpec) -> None:
+    weights = random_weights(spec, 0)
+    inputs = [random_rows(spec, steps, steps) for steps in (100, 1, 17)]
+    memories = _memories(spec, len(inputs))
+    loaded = load(make_bundle(spec, weights), device=DEVICE)
+    traced = loaded.run_works(inputs, memories, TraceMode.FULL)
+    for rows, memory, done in zip(inputs, memories, traced, strict=True):
+        followed = reference.follow(spec, weights, rows, memory)
+        seen = parts_of(done.trace)
+        if followed.attention is not None:
+            weighed = seen.pop("attention")
+            assert reference.error(weighed, followed.attention) < TOLERANCE_FLOAT32
+        for name, values in seen.items():
+            number, gate = name.split(".")
+            expected = followed.layers[int(number)][gate]
+            assert reference.error(values, expected) < TOLERANCE_FLOAT32, name
 
 
 @pytest.mark.parametrize("name", ["letters", "temperature"])
@@ -85,6 +132,20 @@ def test_a_carry_goes_from_device_to_cpu_and_back() -> None:
 
 def test_bits_depend_on_the_session_alone() -> None:
     holds(BlockedFamily, examples=100, device=DEVICE)
+
+
+def test_whole_sequences_have_the_same_bits_in_any_slices() -> None:
+    holds_in_slices(BlockedFamily, examples=50, device=DEVICE)
+
+
+@pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES.keys())
+def test_one_session_in_256_keeps_its_bits(options: dict[str, object]) -> None:
+    spec = make_spec([{**options, "size": 65}], features=9)
+    loaded = _loaded(spec, slots=256)
+    inputs = [random_rows(spec, 3, number) for number in range(256)]
+    together = loaded.run_batch(inputs)
+    for number in (0, 1, 31, 32, 100, 255):
+        assert np.array_equal(loaded.run_batch([inputs[number]])[0], together[number])
 
 
 @pytest.mark.parametrize("name", ["letters", "temperature"])
@@ -128,25 +189,35 @@ def test_padding_columns_and_the_dummy_slot_stay_zero() -> None:
         assert not part[:, size:].any()
 
 
-def test_a_carry_that_turns_non_finite_harms_nobody_else() -> None:
-    calm, poisoned = _loaded(), _loaded()
-    outcomes = list[list[tuple[bytes, bytes]]]()
+@pytest.mark.parametrize("spec", STACKS.values(), ids=STACKS.keys())
+def test_a_carry_that_turns_non_finite_harms_nobody_else(spec: ModelSpec) -> None:
+    calm, poisoned = _loaded(spec), _loaded(spec)
+    outcomes = list[list[tuple[Done, bytes]]]()
     for loaded in (calm, poisoned):
         slots = [loaded.acquire() for _ in range(5)]
         if loaded is poisoned:
             values = np.full(loaded.runner.pool.carry_bytes // 4, np.nan, np.float32)
             loaded.engine.write(loaded.key, slots[2], values.tobytes())
-        works = [Work(slot, 3, random_rows(SPEC, 3, slot).tobytes(), 3) for slot in slots]
+        works = [
+            Work(slot, 3, random_rows(spec, 3, slot).tobytes(), 3, loaded.add_memory(memory))
+            for slot, memory in zip(slots, _memories(spec, 5), strict=True)
+        ]
         done = loaded.engine.run(loaded.key, works)
         assert [each.finite for each in done] == [n != 2 or loaded is calm for n in range(5)]
-        outcomes.append(
-            [
-                (each.rows, loaded.engine.read(loaded.key, slot))
-                for each, slot in zip(done, slots, strict=True)
-            ]
-        )
+        carries = [loaded.engine.read(loaded.key, slot) for slot in slots]
+        outcomes.append(list(zip(done, carries, strict=True)))
     for number in (0, 1, 3, 4):
         assert outcomes[0][number] == outcomes[1][number]
+
+
+def test_memories_come_back_as_they_were() -> None:
+    spec = STACKS["attention"]
+    loaded = _loaded(spec)
+    rows = [random_memory(spec, length, length) for length in (1, 32, 33)]
+    numbers = [loaded.add_memory(each) for each in rows]
+    for number, each in zip(numbers, rows, strict=True):
+        assert loaded.runner.memories[number].rows.device == DEVICE
+        assert loaded.engine.read_memory(loaded.key, number) == each.tobytes()
 
 
 # --- out of memory ---

@@ -68,7 +68,7 @@ CHUNKS = [
     Chunk("minus infinity", Refusal(INVALID, "NON_FINITE_INPUT"), rows=_with(-np.inf)),
     Chunk("unknown output mode", Refusal(INVALID, "INVALID_FIELD"), output=4),
     Chunk("output mode below 0", Refusal(INVALID, "INVALID_FIELD"), output=-1),
-    Chunk("a trace", Refusal("UNIMPLEMENTED", "NOT_SUPPORTED"), trace=1),
+    Chunk("unknown trace mode", Refusal(INVALID, "INVALID_FIELD"), trace=3),
     Chunk(
         "a token of the vocabulary's size",
         Refusal(INVALID, "TOKEN_OUT_OF_RANGE"),

@@ -19,7 +19,7 @@ from grpc import aio
 from conveyor.v1 import model_pb2, session_pb2
 from conveyor_models import Bundle, load_bundle
 from conveyor_server.app import App
-from conveyor_server.config import load_config
+from conveyor_server.config import LimitsConfig, load_config
 from conveyor_server.core import ModelKey
 from conveyor_server.engine import loader
 from conveyor_server.engine.engine import TorchEngine
@@ -129,7 +129,7 @@ def test_the_weights_of_unchanged_bundles_are_not_read_again(
     for version in (1, 2):
         add_model(tmp_path, "tiny", TINY, version=version, seed=version)
     engine = _engine()
-    known = _known(load_repository(tmp_path, engine, {}, 100))
+    known = _known(load_repository(tmp_path, engine, {}, LimitsConfig()))
     read: list[str] = []
 
     def watched(folder: Path) -> Bundle:
@@ -137,14 +137,14 @@ def test_the_weights_of_unchanged_bundles_are_not_read_again(
         return load_bundle(folder)
 
     monkeypatch.setattr(loader, "load_bundle", watched)
-    again = load_repository(tmp_path, engine, known, 100)
+    again = load_repository(tmp_path, engine, known, LimitsConfig())
     assert (read, again.loaded, again.present) == ([], [], set(known))
     add_model(tmp_path, "tiny", TINY, version=2, seed=2)  # the same, written anew
-    again = load_repository(tmp_path, engine, known, 100)
+    again = load_repository(tmp_path, engine, known, LimitsConfig())
     assert (read, again.present, again.problems) == (["2"], set(known), [])
     add_model(tmp_path, "tiny", TINY, version=2, seed=3)
     for _ in range(2):  # told as often as it is looked at
-        changed = load_repository(tmp_path, engine, known, 100)
+        changed = load_repository(tmp_path, engine, known, LimitsConfig())
         assert changed.present == {ModelKey("tiny", 1)}
         assert len(changed.problems) == 1
     assert read == ["2"] * 3
@@ -165,7 +165,7 @@ def test_a_model_that_cannot_be_prepared_is_a_problem_of_its_own(
         return prepare(bundle)
 
     monkeypatch.setattr(engine, "prepare", fails_once)
-    found = load_repository(tmp_path, engine, {}, 100)
+    found = load_repository(tmp_path, engine, {}, LimitsConfig())
     assert [each.info.key.version for each in found.loaded] == [2]
     assert "no memory" in found.problems[0]
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from conveyor_server.core import Chunk, ModelInfo, OutputMode, Piece, SessionKey
-from tests.support.engine import split, straight_through
+from tests.support.engine import split, straight_through, trace_of
 
 
 @dataclass(eq=False)
@@ -20,6 +20,8 @@ class Expected:
     lifetime_seconds: float
     touched: float
     """When something last kept it alive, for certain."""
+    memory: bytes = b""
+    """What it attends over."""
     carry: bytes = b""
     inputs: list[bytes] = field(default_factory=list[bytes])
     outputs: list[bytes] = field(default_factory=list[bytes])
@@ -61,9 +63,15 @@ class Expected:
         else:
             assert not self.quarantined, "a quarantined session was stepped"
             assert piece.first_step == self.applied + 1, "a step was lost or taken twice"
-            outputs, self.carry = straight_through(self.model, b"".join(inputs), self.carry)
+            outputs, self.carry = straight_through(
+                self.model, b"".join(inputs), self.carry, self.memory
+            )
             self.inputs += inputs
             self.outputs += outputs
+        shown = None
+        if chunk.trace and not piece.duplicate:
+            shown = trace_of(self.model, outputs, self.memory, chunk.trace)
+        assert piece.trace == shown, "another trace than alone and straight through"
         if chunk.output is OutputMode.NONE or (chunk.output is OutputMode.LAST and not piece.final):
             outputs = []
         elif chunk.output is OutputMode.LAST:

@@ -2,8 +2,9 @@
 
 import random
 
-from conveyor_server.core import OpenMode, OutputMode, SessionKey
+from conveyor_server.core import OpenMode, OutputMode, SessionKey, TraceMode
 from tests.simulation.simulation import Setup, Simulation, Stream
+from tests.support.models import ATTENTIVE, FEATURES, TOKENS
 
 SESSION_IDS = ("a", "b", "c", "d")
 
@@ -21,6 +22,9 @@ def setup_of(rng: random.Random) -> Setup:
         held_results_steps_max=rng.choice((0, 4, 64)),
         held_results_total_bytes_max=rng.choice((0, 1_500, 100_000)),
         host_state_bytes_max=rng.choice((1024, 1 << 30)),
+        memories_bytes_max=rng.choice((60, 130, 1 << 30)),
+        predictions_max=rng.choice((2, 5)),
+        running_predictions_max=rng.choice((1, 3)),
         idle_seconds_default=rng.choice((10.0, 30.0)),
         lifetime_seconds_max=rng.choice((60.0, 10_000.0)),
         ended_sessions_max=rng.choice((16, 100)),
@@ -41,11 +45,13 @@ class Player:
             self.advance: 6,
             self.close: 3,
             self.reset: 2,
-            self.fork: 2,
+            self.fork: 4,
             self.export_or_import: 3,
             self.detach: 2,
             self.keep_alive: 2,
             self.predict: 2,
+            self.predict_whole: 2,
+            self.give_up: 1,
             self.fail: 2,
             self.jump_wall: 1,
         }
@@ -68,7 +74,10 @@ class Player:
         if stream is None and rng.random() < 0.3 and key in self.simulation.live:
             epoch = max(1, self.simulation.live[key].epoch - rng.randrange(2))
         seconds = rng.choice((None, None, 0.5))
-        self.simulation.send(key, stream, first_step, rows, output, epoch=epoch, seconds=seconds)
+        trace = rng.choice((TraceMode.NONE,) * 4 + (TraceMode.SUMMARY, TraceMode.FULL))
+        self.simulation.send(
+            key, stream, first_step, rows, output, epoch=epoch, seconds=seconds, trace=trace
+        )
 
     def tick(self) -> None:
         self.simulation.tick()
@@ -86,7 +95,10 @@ class Player:
             rng.choice((stream, stream, stream, None)),
             key,
             mode=rng.choice((OpenMode.EITHER,) * 4 + (OpenMode.CREATE, OpenMode.RESUME)),
-            tokens=key[1] == "d" or rng.random() < 0.05,
+            model={"b": ATTENTIVE, "c": ATTENTIVE, "d": TOKENS}.get(key[1], FEATURES)
+            if rng.random() < 0.9
+            else rng.choice((FEATURES, TOKENS, ATTENTIVE)),
+            memory=rng.choice((0, 0, 0, 1, 4)),
             idle_seconds=rng.choice((None, None, 3.0, 60.0)),
         )
 
@@ -120,7 +132,18 @@ class Player:
     def predict(self) -> None:
         self.simulation.predict(self._stream().principal, self.rng.choice((1, 4, 40)))
 
+    def predict_whole(self) -> None:
+        length, seconds = self.rng.choice((1, 4, 9)), self.rng.choice((None, None, 0.5))
+        output = self.rng.choice((OutputMode.ALL, OutputMode.LAST, OutputMode.NONE))
+        self.simulation.predict_whole(length, output, seconds)
+
+    def give_up(self) -> None:
+        self.simulation.give_up(self.rng.randrange(100))
+
     def fail(self) -> None:
+        if self.rng.random() < 0.3:
+            self.simulation.fail_next_memory()
+            return
         self.simulation.fail_next(memory=self.rng.random() < 0.5)
 
     def advance(self) -> None:

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 from conveyor_server.admission import Binding, Entry
 from conveyor_server.core import (
     Chunk,
+    MemoryRows,
     ModelInfo,
     OpenMode,
     OpenRequest,
@@ -23,6 +24,8 @@ from conveyor_server.core import (
     SessionKey,
     SessionState,
     SessionView,
+    TraceMode,
+    WholeSequence,
 )
 from conveyor_server.errors import (
     ConveyorError,
@@ -32,10 +35,11 @@ from conveyor_server.errors import (
     SessionEnded,
     SessionNotFound,
 )
-from conveyor_server.scheduler.scheduler import Batch, Outcome
+from conveyor_server.scheduler.scheduler import Batch, Outcome, Turn
 from conveyor_server.sessions.session import Session
 from tests.simulation.expected import Expected
-from tests.support.models import FEATURES, TOKENS
+from tests.support.engine import whole
+from tests.support.models import ATTENTIVE, BOTHWAYS, FEATURES, TOKENS
 from tests.support.replies import Outcome as Answered
 from tests.support.replies import Recorder
 from tests.support.rig import Rig
@@ -46,7 +50,9 @@ STREAMS: Final = 4
 POISON: Final = {
     FEATURES.key: struct.pack("<2f", 666.0, 666.0),
     TOKENS.key: struct.pack("<i", 7),
+    ATTENTIVE.key: struct.pack("<2f", 666.0, 666.0),
 }
+STREAMABLE: Final = (FEATURES, TOKENS, ATTENTIVE)
 RECORD_BYTES_MAX: Final = 512
 """No record of the small models is larger."""
 ENDINGS: Final = {"SESSION_EXPIRED", "SESSION_CLOSED", "SESSION_EVICTED", "SESSION_NOT_FOUND"}
@@ -68,6 +74,9 @@ class Setup:
     held_results_bytes_max: int = 1_000
     held_results_total_bytes_max: int = 2_000
     host_state_bytes_max: int = 1 << 30
+    memories_bytes_max: int = 1 << 30
+    predictions_max: int = 3
+    running_predictions_max: int = 2
     idle_seconds_default: float = 20.0
     idle_seconds_max: float = 60.0
     lifetime_seconds_max: float = 200.0
@@ -116,7 +125,7 @@ class Simulation:
             if name not in ("slots", "batch_sessions_max", "quantum_steps")
         }
         self.rig = Rig(
-            (FEATURES, TOKENS),
+            (*STREAMABLE, BOTHWAYS),
             slots=setup.slots,
             batch_sessions_max=setup.batch_sessions_max,
             quantum_steps=setup.quantum_steps,
@@ -130,11 +139,14 @@ class Simulation:
         self.unanswered: dict[Chunk, Expected | None] = {}
         self.snapshots: list[tuple[bytes, Expected]] = []
         self.operations_waiting = 0
-        self.batch: Batch | None = None
+        self.whole: list[WholeSequence] = []
+        """Whole sequences that somebody waits for."""
+        self.batch: Turn | None = None
         self._outcome: Outcome | None = None
         self._dropping: SessionKey | None = None
         """The session whose owner's chunks are being dropped just now."""
         self._failing: ConveyorError | None = None
+        self._failing_memories: list[ConveyorError] = []
         self._numbers = itertools.count(1)
 
     @property
@@ -153,6 +165,7 @@ class Simulation:
         *,
         epoch: int = 0,
         seconds: float | None = None,
+        trace: TraceMode = TraceMode.NONE,
     ) -> Chunk | None:
         """A chunk comes in: on a stream, or as a call of its own that names no claim or one."""
         target = self.live.get(key)
@@ -163,7 +176,7 @@ class Simulation:
         model = target.model if target else FEATURES
         reply = stream or Stream(self, key[0])
         binding = Binding(*key, epoch, model, reply, handle=0 if stream is None else 1)
-        entry = Entry(binding, first_step, len(rows), output)
+        entry = Entry(binding, first_step, len(rows), output, trace)
         deadline = None if seconds is None else self.now + seconds
         chunk = self.rig.admission.chunk(entry, b"".join(rows), self.now, deadline)
         inbox = self.rig.scheduler.inbox
@@ -221,16 +234,20 @@ class Simulation:
         key: SessionKey,
         *,
         mode: OpenMode = OpenMode.EITHER,
-        tokens: bool = False,
+        model: ModelInfo = FEATURES,
+        memory: int = 0,
         idle_seconds: float | None = None,
     ) -> None:
-        """Opens a session, for a stream or for nobody."""
-        model = TOKENS if tokens else FEATURES
+        """Opens a session, for a stream or for nobody; `memory` is which of several it is given."""
+        rows = None
+        if model.memory_row_size:
+            rows = MemoryRows(memory + 1, bytes([memory + 1]) * 12 * (memory + 1))
         request = OpenRequest(
             *key,
             "" if mode is OpenMode.RESUME else model.key.name,
             mode=mode,
             idle_seconds=idle_seconds,
+            memory=rows,
         )
         self._post(lambda: self._open(stream, request))
 
@@ -276,6 +293,7 @@ class Simulation:
             for new_id, view in zip(new_ids, views, strict=True):
                 new_key = (key[0], new_id or view.session_id)
                 self._created(source.copy(new_key, self.now, source.idle_seconds), view)
+                self.ended["shared"] += bool(source.memory)
 
         outcome = self._answered(done, key)
         self._post(lambda: self.rig.operations.fork(*key, new_ids, at_step, outcome))
@@ -301,7 +319,7 @@ class Simulation:
             try:
                 view = self.rig.operations.import_(key[0], snapshot, key[1], idle_seconds)
             except ConveyorError as error:
-                self._justify_refusal(error, key)
+                self._justify_refusal(error, key, memory=source.memory)
             else:
                 self._created(source.copy(key, self.now, idle_seconds), view)
 
@@ -359,6 +377,60 @@ class Simulation:
 
         self._post(run)
 
+    def predict_whole(self, length: int, output: OutputMode, seconds: float | None) -> None:
+        """A call for a model that cannot be stepped."""
+        rows = b"".join(self.fresh_row(BOTHWAYS) for _ in range(length))
+        outputs = {OutputMode.ALL: length, OutputMode.LAST: 1, OutputMode.NONE: 0}[output]
+        due = None if seconds is None else self.now + seconds
+
+        def settle(outcome: bytes | ConveyorError) -> None:
+            self.whole.remove(sequence)
+            if isinstance(outcome, bytes):
+                expected = whole(BOTHWAYS, rows)
+                assert outcome == b"".join(expected[length - outputs :])
+                self.ended["whole"] += 1
+                return
+            if outcome.reason == "DEADLINE_EXCEEDED":
+                assert due is not None
+                assert self.now > due
+            else:
+                assert outcome is self._failing
+            self.ended[f"whole {outcome.reason}"] += 1
+
+        sequence = WholeSequence(BOTHWAYS, rows, length, outputs, settle, self.now, due)
+
+        def run() -> None:
+            inbox, setup = self.rig.scheduler.inbox, self.setup
+            full = (
+                len(self.whole) >= setup.predictions_max
+                or inbox.chunks >= setup.inbox_chunks_max
+                or inbox.size_bytes + len(rows) > setup.inbox_bytes_max
+            )
+            try:
+                self.rig.operations.predict(sequence)
+            except InboxFull:
+                assert full, "refused although there was room"
+                self.ended["whole INBOX_FULL"] += 1
+            else:
+                assert not full, "taken although there was no room"
+                self.whole.append(sequence)
+
+        self._post(run)
+
+    def give_up(self, number: int) -> None:
+        """A caller goes whose whole sequence is not done."""
+        if not self.whole:
+            return
+        sequence = self.whole[number % len(self.whole)]
+
+        def run() -> None:
+            self.rig.operations.drop_prediction(sequence)
+            if sequence in self.whole:
+                self.whole.remove(sequence)
+                self.ended["given up"] += 1
+
+        self._post(run)
+
     def _discard(self, key: SessionKey) -> None:
         def run() -> None:
             self.rig.operations.discard(*key)
@@ -375,6 +447,12 @@ class Simulation:
         if memory:
             error = DeviceOutOfMemory("full", limit="device memory", maximum="fake")
         self.rig.engine.fail_next = [error]
+
+    def fail_next_memory(self) -> None:
+        """The next memory will not get onto the device."""
+        error = DeviceOutOfMemory("full", limit="device memory", maximum="fake")
+        self.rig.engine.fail_next_memory = [error]
+        self._failing_memories.append(error)
 
     def begin(self) -> None:
         """The first part of a tick and the engine call; things may arrive before `finish`."""
@@ -394,11 +472,11 @@ class Simulation:
         """The last part of a tick."""
         batch, outcome = self.batch, self._outcome
         assert batch is not None
-        assert outcome is not None
         self.batch, self._outcome = None, None
         if isinstance(outcome, ConveyorError):
             self._failing = outcome
-        else:
+        elif isinstance(batch, Batch):
+            assert isinstance(outcome, list)
             for session, done in zip(batch.sessions, outcome, strict=True):
                 if not done.finite:
                     self.live[session.key].quarantined = True
@@ -426,6 +504,7 @@ class Simulation:
             raise AssertionError("the scheduler never comes to rest")
         assert not self.unanswered, "a chunk was never answered"
         assert not self.operations_waiting, "an operation was never answered"
+        assert not self.whole, "a whole sequence was never answered"
         assert self.rig.scheduler.inbox.chunks == 0
         assert self.rig.scheduler.inbox.size_bytes == 0
         assert all(not session.queue for session in self.rig.scheduler.sessions)
@@ -443,6 +522,7 @@ class Simulation:
             assert expected.owner is chunk.reply, "run for a stream that gave the session back"
         expected.take(chunk, piece)
         self.ended["duplicate" if piece.duplicate else "applied"] += 1
+        self.ended["traced"] += piece.trace is not None
         if not piece.duplicate:
             expected.touched = self.now
         if piece.final:
@@ -478,6 +558,7 @@ class Simulation:
     def check(self) -> None:
         """What has to be true between any two things that happen."""
         self._check_slots()
+        self._check_memories()
         self._check_counts()
         for key, expected in self.live.items():
             session = self.rig.scheduler.sessions.find(key)
@@ -488,7 +569,7 @@ class Simulation:
 
     def _check_slots(self) -> None:
         engine, sessions = self.rig.engine, list(self.rig.scheduler.sessions)
-        for model in (FEATURES, TOKENS):
+        for model in STREAMABLE:
             allocator = engine.allocators[model.key]
             allocator.check()
             slots = [
@@ -506,16 +587,42 @@ class Simulation:
         )
         assert self.rig.store.size_bytes == on_host, "a record without a session"
 
+    def _check_memories(self) -> None:
+        """Every memory is some live session's, and on the device as long as one has a slot."""
+        memories, sessions = self.rig.scheduler.memories, list(self.rig.scheduler.sessions)
+        attending = Counter(session.memory for session in sessions if session.memory is not None)
+        resident = Counter(
+            session.memory
+            for session in sessions
+            if session.memory is not None and session.slot is not None
+        )
+        for memory, count in attending.items():
+            assert memory.sessions == count
+            assert memory.resident == resident[memory]
+            assert bool(memory.number) == bool(resident[memory])
+        assert memories.size_bytes == sum(len(memory.rows) for memory in attending)
+        assert memories.size_bytes <= self.setup.memories_bytes_max
+        assert memories.device_bytes == sum(len(memory.rows) for memory in resident)
+        on_device = self.rig.engine.memories[ATTENTIVE.key]
+        assert on_device == {memory.number: memory.rows for memory in resident}
+        assert not any(self.rig.engine.memories[key] for key in (FEATURES.key, TOKENS.key))
+
     def _check_counts(self) -> None:
         scheduler, setup = self.rig.scheduler, self.setup
-        assert scheduler.inbox.chunks == len(self.unanswered) <= setup.inbox_chunks_max
-        size = sum(len(chunk.rows) for chunk in self.unanswered)
+        accepted = len(self.unanswered) + len(self.whole)
+        assert scheduler.inbox.chunks == accepted <= setup.inbox_chunks_max
+        size = sum(len(each.rows) for each in (*self.unanswered, *self.whole))
+        predictions = scheduler.predictions
+        assert predictions.waiting + predictions.running == len(self.whole)
+        assert len(self.whole) <= setup.predictions_max
+        assert predictions.running <= setup.running_predictions_max
         assert scheduler.inbox.size_bytes == size <= setup.inbox_bytes_max
         assert len(scheduler.sessions) == len(self.live) <= setup.sessions_max
         owners = Counter(key[0] for key in self.live)
         assert max(owners.values(), default=0) <= setup.principal_sessions_max
         models = Counter(expected.model.key for expected in self.live.values())
-        assert +scheduler.models.sessions == models
+        models[BOTHWAYS.key] += len(self.whole)
+        assert +scheduler.models.sessions == +models
         held = sum(session.held.size_bytes for session in scheduler.sessions)
         assert scheduler.held.size_bytes == held <= setup.held_results_total_bytes_max
         assert len(scheduler.sessions._tombstones) <= setup.ended_sessions_max
@@ -526,7 +633,8 @@ class Simulation:
         assert session.epoch == expected.epoch
         assert session.owner is expected.owner
         assert session.quarantined == expected.quarantined
-        running = self.batch is not None and session in self.batch.sessions
+        assert (b"" if session.memory is None else session.memory.rows) == expected.memory
+        running = isinstance(self.batch, Batch) and session in self.batch.sessions
         assert session.running == running
         if not running:
             carry = self.rig.scheduler.residency.checkpoint(session).carry
@@ -592,7 +700,9 @@ class Simulation:
         elif reason == "STEP_RESULT_NOT_HELD":
             assert first_step <= expected.applied
         elif reason in ("ENGINE_FAILED", "DEVICE_OUT_OF_MEMORY"):
-            assert error is self._failing
+            of_memory = bool(expected.memory) and error in self._failing_memories
+            assert error is self._failing or of_memory
+            self.ended["MEMORY_FAILED"] += of_memory
         elif reason == "SESSION_QUARANTINED":
             assert expected.quarantined
         elif reason == "STEPS_IN_FLIGHT_LIMIT":
@@ -608,7 +718,11 @@ class Simulation:
             raise AssertionError(f"{reason} is no reason to refuse a chunk")
 
     def _justify_refusal(
-        self, error: ConveyorError, key: SessionKey, mode: OpenMode = OpenMode.CREATE
+        self,
+        error: ConveyorError,
+        key: SessionKey,
+        mode: OpenMode = OpenMode.CREATE,
+        memory: bytes = b"",
     ) -> None:
         """Why a session could not be opened or made."""
         live, reason = self.live, error.reason
@@ -626,6 +740,10 @@ class Simulation:
             assert mode is OpenMode.CREATE, "an open takes no host memory"
             assert self.setup.host_state_bytes_max < 1 << 30
             self.ended["HOST_STATE_LIMIT"] += 1
+        elif error.metadata.get("limit") == "limits.memories_bytes_max":
+            held = self.rig.scheduler.memories.size_bytes
+            assert held + len(memory) > self.setup.memories_bytes_max
+            self.ended["MEMORIES_LIMIT"] += 1
         elif reason == "SESSIONS_LIMIT":
             assert len(live) >= self.setup.sessions_max
         else:
@@ -661,7 +779,8 @@ class Simulation:
         try:
             opened = self.rig.operations.open(request, stream)
         except ConveyorError as error:
-            self._justify_refusal(error, key, request.mode)
+            memory = b"" if request.memory is None else request.memory.rows
+            self._justify_refusal(error, key, request.mode, memory)
             return
         finally:
             self._dropping = None
@@ -674,6 +793,7 @@ class Simulation:
             assert request.mode is not OpenMode.CREATE
             assert view.epoch == expected.epoch + 1
             assert view.applied_step == expected.applied
+            assert request.memory is None or request.memory.rows == expected.memory
             expected.epoch += 1
             expected.touched = self.now
             expected.idle_seconds = request.idle_seconds or expected.idle_seconds
@@ -681,10 +801,11 @@ class Simulation:
         else:
             assert expected is None
             assert request.mode is not OpenMode.RESUME
-            model = TOKENS if request.model == TOKENS.key.name else FEATURES
+            model = next(each for each in STREAMABLE if each.key.name == request.model)
+            memory = b"" if request.memory is None else request.memory.rows
             idle = request.idle_seconds or self.setup.idle_seconds_default
             lifetime = self.setup.lifetime_seconds_max
-            expected = Expected(key, model, idle, self.now, lifetime, self.now)
+            expected = Expected(key, model, idle, self.now, lifetime, self.now, memory)
             self._created(expected, view)
         expected.owner = stream
         expected.planned = {}

@@ -13,8 +13,9 @@ from hypothesis.stateful import (
     rule,
 )
 
-from conveyor_server.core import OpenMode, OutputMode, SessionKey
+from conveyor_server.core import OpenMode, OutputMode, SessionKey, TraceMode
 from tests.simulation.simulation import PRINCIPALS, STREAMS, Setup, Simulation, Stream
+from tests.support.models import ATTENTIVE, FEATURES, TOKENS
 
 SESSION_IDS = st.sampled_from("abc")
 KEYS = st.tuples(st.sampled_from(PRINCIPALS), SESSION_IDS)
@@ -33,14 +34,18 @@ class ServerMachine(RuleBasedStateMachine):
         batch=st.integers(1, 4),
         held=st.sampled_from([0, 4, 64]),
         host=st.sampled_from([1024, 1 << 30]),
+        memories=st.sampled_from([60, 1 << 30]),
     )
-    def start(self, slots: int, quantum: int, batch: int, held: int, host: int) -> None:
+    def start(
+        self, slots: int, quantum: int, batch: int, held: int, host: int, memories: int
+    ) -> None:
         setup = Setup(
             slots=slots,
             quantum_steps=quantum,
             batch_sessions_max=batch,
             held_results_steps_max=held,
             host_state_bytes_max=host,
+            memories_bytes_max=memories,
         )
         self.simulation = Simulation(setup)
 
@@ -56,7 +61,8 @@ class ServerMachine(RuleBasedStateMachine):
         number=NUMBERS,
         session_id=SESSION_IDS,
         mode=st.sampled_from([OpenMode.EITHER] * 3 + [OpenMode.CREATE, OpenMode.RESUME]),
-        tokens=st.sampled_from([False] * 5 + [True]),
+        model=st.sampled_from([FEATURES] * 3 + [ATTENTIVE] * 2 + [TOKENS]),
+        memory=st.sampled_from([0, 0, 1, 4]),
         idle=st.sampled_from([None, None, 2.0, 60.0]),
         alone=st.sampled_from([False] * 4 + [True]),
     )
@@ -72,13 +78,21 @@ class ServerMachine(RuleBasedStateMachine):
         length=LENGTHS,
         output=OUTPUTS,
         back=st.integers(0, 3),
+        trace=st.sampled_from([TraceMode.NONE, *TraceMode]),
     )
     def step(
-        self, number: int, session_id: str, kind: str, length: int, output: OutputMode, back: int
+        self,
+        number: int,
+        session_id: str,
+        kind: str,
+        length: int,
+        output: OutputMode,
+        back: int,
+        trace: TraceMode,
     ) -> None:
         key = self.key(number, session_id)
         first_step, rows = self.simulation.rows(key, kind, length, back)
-        self.simulation.send(key, self.stream(number), first_step, rows, output)
+        self.simulation.send(key, self.stream(number), first_step, rows, output, trace=trace)
 
     @rule(
         key=KEYS,
@@ -135,6 +149,14 @@ class ServerMachine(RuleBasedStateMachine):
     def predict(self, principal: str, length: int) -> None:
         self.simulation.predict(principal, length)
 
+    @rule(length=st.sampled_from([1, 3, 8]), output=OUTPUTS, seconds=st.sampled_from([None, 0.5]))
+    def predict_whole(self, length: int, output: OutputMode, seconds: float | None) -> None:
+        self.simulation.predict_whole(length, output, seconds)
+
+    @rule(number=st.integers(0, 3))
+    def give_up(self, number: int) -> None:
+        self.simulation.give_up(number)
+
     # --- the engine and time ---------------------------------------------------------------------
 
     @rule()
@@ -154,6 +176,10 @@ class ServerMachine(RuleBasedStateMachine):
     @rule(memory=st.booleans())
     def fail_next(self, memory: bool) -> None:
         self.simulation.fail_next(memory=memory)
+
+    @rule()
+    def fail_next_memory(self) -> None:
+        self.simulation.fail_next_memory()
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 9.0, 30.0, 100.0]))
     def advance(self, seconds: float) -> None:

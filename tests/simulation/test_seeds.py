@@ -37,5 +37,7 @@ def test_random_runs_keep_every_rule(group: int) -> None:
     # A simulation in which nothing happens proves nothing.
     for what in ("applied", "duplicate", "created", "resumed", "closed", "quarantined",
                  "STEP_GAP", "STEP_CONFLICT", "SESSION_SUPERSEDED", "ENGINE_FAILED",
-                 "SESSION_EXPIRED", "INBOX_FULL"):  # fmt: skip
+                 "SESSION_EXPIRED", "INBOX_FULL", "MEMORIES_LIMIT", "MEMORY_FAILED", "shared",
+                 "traced", "whole", "whole DEADLINE_EXCEEDED", "whole INBOX_FULL",
+                 "whole ENGINE_FAILED", "given up"):  # fmt: skip
         assert seen[what], f"{what} never happened"

@@ -1,16 +1,26 @@
 """An engine without arithmetic: what it computes depends on every byte and on the order of steps.
 
-A carry is a chain of hashes over the input rows, and an output row is made from the carry after its
-step. So a step that is lost, repeated, reordered or run on another session's carry changes every
-output from there on, and tests can tell by comparing bytes.
+A carry is a chain of hashes over the input rows and what is attended over, and an output row is
+made from the carry after its step. So a step that is lost, repeated, reordered, run on another
+session's carry or with another memory changes every output from there on, and tests can tell by
+comparing bytes. What a trace shows is made from the same chain.
 """
 
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from conveyor_server.core import ModelInfo, ModelKey
-from conveyor_server.engine.port import Done, Work
+from conveyor_server.core import (
+    ELEMENT_BYTES,
+    SUMMARY_VALUES,
+    GateTrace,
+    LayerTrace,
+    ModelInfo,
+    ModelKey,
+    Trace,
+    TraceMode,
+)
+from conveyor_server.engine.port import Done, Prediction, Work
 from conveyor_server.engine.slots import SlotAllocator
 from conveyor_server.errors import ConveyorError
 
@@ -24,10 +34,12 @@ class FakeEngine:
 
     Attributes:
         fail_next: Errors that the next runs fail with, one each; nothing is changed then.
+        fail_next_memory: Errors that the next memories are refused with, one each.
         poisoned: Input rows after which a carry is not finite.
         poisoned_slots: Slots whose carry is not finite after their next run.
         runs: What was run: the model and its works.
         memories: What can be attended over, by its number.
+        slices: What was run of whole sequences: the model, and how many steps of one layer.
     """
 
     def __init__(self, models: Iterable[ModelInfo], slots: int) -> None:
@@ -37,9 +49,11 @@ class FakeEngine:
         self.memories: dict[ModelKey, dict[int, bytes]] = {key: {} for key in self._models}
         self._memories_made = 0
         self.fail_next: list[ConveyorError] = []
+        self.fail_next_memory: list[ConveyorError] = []
         self.poisoned: set[bytes] = set()
         self.poisoned_slots: set[int] = set()
         self.runs: list[tuple[ModelKey, list[Work]]] = []
+        self.slices: list[tuple[ModelKey, int]] = []
 
     def run(self, key: ModelKey, works: Sequence[Work]) -> list[Done]:
         assert works, "an empty batch"
@@ -50,6 +64,14 @@ class FakeEngine:
         if self.fail_next:
             raise self.fail_next.pop(0)
         return [self._advance(key, work) for work in works]
+
+    def predict(self, key: ModelKey, rows: bytes, length: int, outputs: int) -> Prediction:
+        model = self._models[key]
+        assert not model.streamable
+        assert length >= 1
+        assert 0 <= outputs <= length
+        assert len(rows) == length * model.input_row_bytes
+        return FakePrediction(self, model, rows, outputs)
 
     def acquire(self, key: ModelKey) -> int | None:
         slot = self.allocators[key].acquire()
@@ -75,6 +97,9 @@ class FakeEngine:
 
     def add_memory(self, key: ModelKey, rows: bytes) -> int:
         assert rows
+        assert len(rows) % self._models[key].memory_row_bytes == 0
+        if self.fail_next_memory:
+            raise self.fail_next_memory.pop(0)
         self._memories_made += 1
         self.memories[key][self._memories_made] = rows
         return self._memories_made
@@ -96,29 +121,96 @@ class FakeEngine:
         assert work.slot in self._carries[key], f"slot {work.slot} is not taken"
         assert work.length >= 1
         assert 0 <= work.outputs <= work.length
-        assert len(work.rows) == work.length * self._models[key].input_row_bytes
+        model = self._models[key]
+        assert len(work.rows) == work.length * model.input_row_bytes
+        assert bool(work.memory) == bool(model.memory_row_size), "a memory too many or too few"
+        assert not work.memory or work.memory in self.memories[key], "a memory that was dropped"
 
     def _advance(self, key: ModelKey, work: Work) -> Done:
         model, rows = self._models[key], bytes(work.rows)
-        outputs, carry = straight_through(model, rows, self._carries[key][work.slot])
+        before = self._carries[key][work.slot]
+        memory = self.memories[key][work.memory] if work.memory else b""
+        outputs, carry = straight_through(model, rows, before, memory)
         wanted = b"".join(outputs[work.length - work.outputs :])
         if work.slot in self.poisoned_slots or self.poisoned & set(split(model, rows)):
             self.poisoned_slots.discard(work.slot)
             return Done(wanted, finite=False)
         self._carries[key][work.slot] = carry
-        return Done(wanted)
+        if work.trace is TraceMode.NONE:
+            return Done(wanted)
+        return Done(wanted, trace=trace_of(model, outputs, memory, work.trace))
+
+
+class FakePrediction:
+    """Implements `port.Prediction`: each layer takes each step once."""
+
+    def __init__(self, engine: FakeEngine, model: ModelInfo, rows: bytes, outputs: int) -> None:
+        self._engine = engine
+        self._model = model
+        self._rows = rows
+        self._outputs = outputs
+        self._left = len(split(model, rows)) * len(model.layers)
+        self._over = False
+
+    def advance(self, steps_max: int) -> bytes | None:
+        assert steps_max >= 1
+        assert not self._over, "run on after its end"
+        self._engine.slices.append((self._model.key, min(steps_max, self._left)))
+        if self._engine.fail_next:
+            self._over = True
+            raise self._engine.fail_next.pop(0)
+        self._left -= min(steps_max, self._left)
+        if self._left:
+            return None
+        self._over = True
+        outputs = whole(self._model, self._rows)
+        return b"".join(outputs[len(outputs) - self._outputs :])
 
 
 def straight_through(
-    model: ModelInfo, rows: bytes, carry: bytes | None = None
+    model: ModelInfo, rows: bytes, carry: bytes | None = None, memory: bytes = b""
 ) -> tuple[list[bytes], bytes]:
     """What the fake computes, without any batch: the output row of each step, and the carry."""
     carry = bytes(model.carry_bytes) if carry is None else carry
     outputs: list[bytes] = []
     for row in split(model, rows):
-        carry = _finite(carry + row, model.carry_bytes)
+        carry = _finite(carry + row + memory, model.carry_bytes)
         outputs.append(_finite(b"output" + carry, model.output_row_bytes))
     return outputs, carry
+
+
+def whole(model: ModelInfo, rows: bytes) -> list[bytes]:
+    """What the fake predicts: an output row for each step, all of them from all input rows."""
+    return [
+        _finite(b"whole" + step.to_bytes(4, "little") + rows, model.output_row_bytes)
+        for step in range(len(split(model, rows)))
+    ]
+
+
+def trace_of(model: ModelInfo, outputs: Sequence[bytes], memory: bytes, mode: TraceMode) -> Trace:
+    """What the fake shows of steps with these output rows."""
+
+    def rows(what: str, columns: int) -> bytes:
+        size = columns * ELEMENT_BYTES
+        return b"".join(_finite(what.encode() + output, size) for output in outputs)
+
+    layers = tuple(
+        LayerTrace(
+            number,
+            layer.cell,
+            tuple(
+                GateTrace(
+                    name,
+                    units,
+                    rows(f"{number} {name}", units if mode is TraceMode.FULL else SUMMARY_VALUES),
+                )
+                for name, units in layer.traced
+            ),
+        )
+        for number, layer in enumerate(model.layers)
+    )
+    columns = len(memory) // model.memory_row_bytes if memory else 0
+    return Trace(mode, len(outputs), layers, rows("attention", columns), columns)
 
 
 def split(model: ModelInfo, rows: bytes) -> list[bytes]:

@@ -44,3 +44,29 @@ LOOPED = replace(
     output_labels=("angle", "speed"),
 )
 """Features whose outputs can be fed back."""
+ATTENTIVE = replace(
+    FEATURES,
+    key=ModelKey("captions", 1),
+    digest="sha256:" + "12" * 32,
+    description="attends over rows of three numbers",
+    layers=(
+        LayerInfo("lstm", 4, 2, traced=(("i", 4), ("c", 4), ("h", 2))),
+        LayerInfo("gru", 3, 0, traced=(("z", 3), ("h", 3))),
+    ),
+    memory_row_size=3,
+    memory_rows_max=5,
+)
+"""Features in, and a memory."""
+BOTHWAYS = replace(
+    FEATURES,
+    key=ModelKey("tagger", 1),
+    digest="sha256:" + "34" * 32,
+    description="runs from the end as well",
+    layers=(
+        LayerInfo("lstm", 4, 0),
+        LayerInfo("gru", 4, 0, (("direction", "bidirectional"),)),
+        LayerInfo("rnn", 4, 0, (("direction", "reverse"),)),
+    ),
+    streamable=False,
+)
+"""Cannot be stepped."""

@@ -17,6 +17,7 @@ from conveyor_server.core import (
     Owner,
     Reply,
     SessionView,
+    TraceMode,
 )
 from conveyor_server.metrics import Metrics
 from conveyor_server.scheduler.models import ModelTable
@@ -114,11 +115,12 @@ class Rig:
         handle: int = 0,
         deadline: float | None = None,
         model: ModelInfo | None = None,
+        trace: TraceMode = TraceMode.NONE,
     ) -> Chunk:
         """Hands a chunk in through the door."""
         model = model or self.model
         binding = Binding(principal, session_id, epoch, model, reply, handle)
-        entry = Entry(binding, first_step, len(values), output)
+        entry = Entry(binding, first_step, len(values), output, trace)
         chunk = self.admission.chunk(
             entry, rows_of(model, *values), self.clock.monotonic(), deadline
         )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from conveyor_client.cli import _bench, _generate, _models, _run, _sessions, _top
+from conveyor_client.cli import _bench, _generate, _models, _run, _sessions, _top, _watch
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,6 +37,7 @@ app.command("generate")(_generate.generate)
 app.command("run")(_run.run_rows)
 app.add_typer(_models.app, name="models")
 app.add_typer(_sessions.app, name="sessions")
+app.command("watch")(_watch.watch)
 app.command("top")(_top.top)
 app.command("bench")(_bench.bench)
 

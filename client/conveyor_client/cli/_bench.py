@@ -37,11 +37,13 @@ class Plan:
     """What is asked of the server.
 
     Attributes:
+        memory_rows: Of the made-up memory of a model with attention.
         rate: Chunks per second over all sessions, sent whether or not the answers are there (open
             loop); 0 sends each chunk when the one before it is answered (closed loop).
     """
 
     model: str
+    memory_rows: int
     connections: int
     streams: int
     sessions: int
@@ -109,6 +111,9 @@ def bench(
     rate: Annotated[
         float, typer.Option(min=0.0, help="Chunks/s in all (open loop); 0: closed loop.")
     ] = 0.0,
+    memory_rows: Annotated[
+        int, typer.Option(min=1, help="Of the memory, for a model with attention.")
+    ] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of the made-up inputs.")] = 0,
     target: Target = DEFAULT_TARGET,
     token: Token = None,
@@ -120,7 +125,7 @@ def bench(
     Closed loop: every session sends its next chunk when the last is answered. Open loop (--rate):
     chunks leave on schedule whatever the server does, and latency counts from the scheduled time.
     """
-    plan = Plan(model, connections, streams, sessions, chunk, duration, warmup, rate)
+    plan = Plan(model, memory_rows, connections, streams, sessions, chunk, duration, warmup, rate)
 
     async def act() -> None:
         result = await measure(Connection(target, token, timeout), plan, seed)
@@ -155,7 +160,11 @@ async def measure(connection: Connection, plan: Plan, seed: int = 0) -> Figures:
             options = Options(streams_max=plan.streams, stream_sessions_max=plan.sessions)
             client = connection.client(options)
             await stack.enter_async_context(client)
-            made = [client.session(plan.model) for _ in range(plan.streams * plan.sessions)]
+            memory = _memory(await client.model(plan.model), plan.memory_rows, seed)
+            made = [
+                client.session(plan.model, memory=memory)
+                for _ in range(plan.streams * plan.sessions)
+            ]
             await asyncio.gather(*(session.open() for session in made))
             opened += made
         inputs = _inputs(opened[0].model, plan.chunk_steps, seed)
@@ -175,6 +184,13 @@ def _inputs(model: ModelInfo, chunk_steps: int, seed: int) -> FloatArray | Int32
     if model.input.is_tokens:
         return random.integers(0, model.input.vocabulary_size, chunk_steps, dtype=np.int32)
     return random.standard_normal((chunk_steps, model.input.row_elements), dtype=np.float32)
+
+
+def _memory(model: ModelInfo, rows: int, seed: int) -> FloatArray | None:
+    if model.memory is None:
+        return None
+    random = np.random.default_rng(seed)
+    return random.standard_normal((rows, model.memory.row_elements), dtype=np.float32)
 
 
 async def _closed_loop(

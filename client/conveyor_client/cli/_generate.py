@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack
 from typing import Annotated
 
 import numpy as np
+import numpy.typing as npt
 import typer
 
 from conveyor_client._client import Client
@@ -21,6 +22,7 @@ from conveyor_client.cli._common import (
     fail,
     run,
 )
+from conveyor_client.cli._memory import MemoryFile, memory_from
 
 
 def generate(
@@ -35,6 +37,7 @@ def generate(
     session: Annotated[
         str, typer.Option(help="Go on from this session, and leave it moved on.")
     ] = "",
+    memory: MemoryFile = None,
     target: Target = DEFAULT_TARGET,
     token: Token = None,
     timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
@@ -50,6 +53,7 @@ def generate(
             if not described.input.labels:
                 fail(f"the tokens of {model} have no labels, so text means nothing to it")
             options = {"steps_max": steps, "top_k": top_k, "seed": seed}
+            rows = memory_from(memory)
             stop_tokens = [int(n) for n in described.input.encode(stop)]
             first = _prompt(described, prompt, required=not session)
             generation = await _start(
@@ -60,6 +64,7 @@ def generate(
                 first,
                 temperature=temperature,
                 stop_tokens=stop_tokens,
+                memory=rows,
                 **options,
             )
             sys.stdout.write(prompt)
@@ -83,6 +88,7 @@ async def _start(
     top_k: int,
     stop_tokens: list[int],
     seed: int,
+    memory: npt.NDArray[np.generic] | None,
 ) -> Generation:
     if not session_id:
         assert prompt is not None, "a prompt is required without a session"
@@ -94,8 +100,9 @@ async def _start(
             top_k=top_k,
             stop_tokens=stop_tokens,
             seed=seed,
+            memory=memory,
         )
-    session = client.session(model.name, session_id=session_id)
+    session = client.session(model.name, session_id=session_id, memory=memory)
     await session.open()
     stack.push_async_callback(session.detach)
     generation = session.generate(

@@ -95,7 +95,7 @@ def _details(model: ModelInfo) -> Table:
         "input labels": _labels(model.input),
         "output": f"{_side(model.output)}, {model.output_activation or 'no'} activation",
         "output labels": _labels(model.output),
-        "memory": _side(model.memory) if model.memory else "none",
+        "memory": _memory(model),
         "embedding": str(model.embedding_size) if model.embedding_size else "none",
         "layers": _stack(model),
         "parameters": f"{model.parameters:,}",
@@ -115,6 +115,12 @@ def _side(side: TensorSignature) -> str:
     if side.is_tokens:
         return f"tokens below {side.vocabulary_size}"
     return f"{side.row_elements} x {side.element_type}"
+
+
+def _memory(model: ModelInfo) -> str:
+    if model.memory is None:
+        return "none"
+    return f"{_side(model.memory)} in a row, at most {model.limits.memory_rows_max} rows"
 
 
 def _labels(side: TensorSignature) -> str:

@@ -28,6 +28,7 @@ from conveyor_client.cli._common import (
     run,
     say,
 )
+from conveyor_client.cli._memory import MemoryFile, memory_from
 from conveyor_client.cli._source import RowsRefused, Source
 
 _FILE_CHUNK_STEPS = 64
@@ -36,6 +37,7 @@ _FILE_CHUNK_STEPS = 64
 def run_rows(
     model: Annotated[str, typer.Argument(help="The model.")],
     source: Annotated[str, typer.Argument(metavar="FILE", help="CSV; - is the input.")] = "-",
+    *,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Else stdout.")] = None,
     session: Annotated[
         str, typer.Option(help="Go on with this session, and leave it open for the next time.")
@@ -43,6 +45,7 @@ def run_rows(
     chunk: Annotated[
         int, typer.Option(min=0, help="Steps sent together; 0: 64 from a file, else 1.")
     ] = 0,
+    memory: MemoryFile = None,
     target: Target = DEFAULT_TARGET,
     token: Token = None,
     timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
@@ -54,13 +57,15 @@ def run_rows(
     """
 
     async def act() -> None:
+        rows = memory_from(memory)
         chunk_steps = chunk or (1 if source == "-" else _FILE_CHUNK_STEPS)
         try:
             with ExitStack() as stack:
                 lines = stack.enter_context(Source(source))
                 out = _open_output(stack, output)
                 async with Connection(target, token, timeout).client() as client:
-                    await _run(client, model, session, lines, out, chunk_steps)
+                    made = client.session(model, session_id=session or None, memory=rows)
+                    await _run(client, made, lines, out, chunk_steps, stays=session != "")
         except RowsRefused as error:
             fail(str(error))
 
@@ -74,23 +79,23 @@ def _open_output(stack: ExitStack, output: Path | None) -> TextIO:
 
 
 async def _run(
-    client: Client, model: str, session_id: str, lines: Source, out: TextIO, chunk_steps: int
+    client: Client, session: Session, lines: Source, out: TextIO, chunk_steps: int, *, stays: bool
 ) -> None:
-    session = client.session(model, session_id=session_id or None)
     await session.open()
     try:
         await _stream(session, lines, out, chunk_steps)
     except BaseException:
         with suppress(ConveyorError):  # the error under way says more
-            await (session.detach() if session_id else session.close())
+            await (session.detach() if stays else session.close())
         raise
-    if not session_id:
+    if not stays:
         await session.close()
         return
     await session.open()  # raises why it was lost, if it was
     await session.detach()
-    info = await client.get_session(session_id)  # what is there to go on with, not what should be
-    say(f"session {session_id} is at step {info.applied_step}")
+    # What is there to go on with, not what should be.
+    info = await client.get_session(session.session_id)
+    say(f"session {info.session_id} is at step {info.applied_step}")
 
 
 async def _stream(session: Session, lines: Source, out: TextIO, chunk_steps: int) -> None:

@@ -49,13 +49,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_SESSION_QUARANTINED: _ErrorReason.ValueType  # 18
     """(DATA_LOSS) The carry became non-finite; the session is quarantined until it is reset or closed."""
     ERROR_REASON_SESSION_MISMATCH: _ErrorReason.ValueType  # 19
-    """(FAILED_PRECONDITION) The session exists, but with another model, version or option than the request names."""
+    """(FAILED_PRECONDITION) The session exists, but with another model, version, memory or option than the request names."""
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 30
     """(INVALID_ARGUMENT) A field is missing, malformed or out of its range; the metadata key "field" names it."""
     ERROR_REASON_INVALID_SHAPE: _ErrorReason.ValueType  # 31
-    """(INVALID_ARGUMENT) The payload's byte count is not what the declared steps of this model take."""
+    """(INVALID_ARGUMENT) The payload's byte count is not what the declared steps, or memory rows, of this model take."""
     ERROR_REASON_NON_FINITE_INPUT: _ErrorReason.ValueType  # 32
-    """(INVALID_ARGUMENT) A feature is NaN or infinite."""
+    """(INVALID_ARGUMENT) A feature, or a number of the attention memory, is NaN or infinite."""
     ERROR_REASON_TOKEN_OUT_OF_RANGE: _ErrorReason.ValueType  # 33
     """(INVALID_ARGUMENT) A token is outside the model's vocabulary."""
     ERROR_REASON_EMPTY_CHUNK: _ErrorReason.ValueType  # 34
@@ -65,7 +65,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_UNKNOWN_HANDLE: _ErrorReason.ValueType  # 36
     """(INVALID_ARGUMENT) The stream has no open session under that handle."""
     ERROR_REASON_INVALID_MEMORY: _ErrorReason.ValueType  # 37
-    """(INVALID_ARGUMENT) The model attends over a memory and the session was opened without one, or the other way about."""
+    """(INVALID_ARGUMENT) The model attends over a memory and none was given, or one without rows, or the other way about."""
     ERROR_REASON_MESSAGE_TOO_LARGE: _ErrorReason.ValueType  # 38
     """(RESOURCE_EXHAUSTED) A message is larger than the server takes."""
     ERROR_REASON_STEP_GAP: _ErrorReason.ValueType  # 50
@@ -158,13 +158,13 @@ ERROR_REASON_SESSION_SUPERSEDED: ErrorReason.ValueType  # 17
 ERROR_REASON_SESSION_QUARANTINED: ErrorReason.ValueType  # 18
 """(DATA_LOSS) The carry became non-finite; the session is quarantined until it is reset or closed."""
 ERROR_REASON_SESSION_MISMATCH: ErrorReason.ValueType  # 19
-"""(FAILED_PRECONDITION) The session exists, but with another model, version or option than the request names."""
+"""(FAILED_PRECONDITION) The session exists, but with another model, version, memory or option than the request names."""
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 30
 """(INVALID_ARGUMENT) A field is missing, malformed or out of its range; the metadata key "field" names it."""
 ERROR_REASON_INVALID_SHAPE: ErrorReason.ValueType  # 31
-"""(INVALID_ARGUMENT) The payload's byte count is not what the declared steps of this model take."""
+"""(INVALID_ARGUMENT) The payload's byte count is not what the declared steps, or memory rows, of this model take."""
 ERROR_REASON_NON_FINITE_INPUT: ErrorReason.ValueType  # 32
-"""(INVALID_ARGUMENT) A feature is NaN or infinite."""
+"""(INVALID_ARGUMENT) A feature, or a number of the attention memory, is NaN or infinite."""
 ERROR_REASON_TOKEN_OUT_OF_RANGE: ErrorReason.ValueType  # 33
 """(INVALID_ARGUMENT) A token is outside the model's vocabulary."""
 ERROR_REASON_EMPTY_CHUNK: ErrorReason.ValueType  # 34
@@ -174,7 +174,7 @@ ERROR_REASON_CHUNK_TOO_LONG: ErrorReason.ValueType  # 35
 ERROR_REASON_UNKNOWN_HANDLE: ErrorReason.ValueType  # 36
 """(INVALID_ARGUMENT) The stream has no open session under that handle."""
 ERROR_REASON_INVALID_MEMORY: ErrorReason.ValueType  # 37
-"""(INVALID_ARGUMENT) The model attends over a memory and the session was opened without one, or the other way about."""
+"""(INVALID_ARGUMENT) The model attends over a memory and none was given, or one without rows, or the other way about."""
 ERROR_REASON_MESSAGE_TOO_LARGE: ErrorReason.ValueType  # 38
 """(RESOURCE_EXHAUSTED) A message is larger than the server takes."""
 ERROR_REASON_STEP_GAP: ErrorReason.ValueType  # 50

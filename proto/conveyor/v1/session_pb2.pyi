@@ -427,7 +427,10 @@ class OpenSessionRequest(_message.Message):
 
     @_builtins.property
     def memory(self) -> Global___Memory:
-        """What the model attends over. Required by models with attention, refused by others."""
+        """What the model attends over. Required to create a session on a model with attention, refused by others. It never
+        changes: to resume, absent or, byte for byte, the session's own (else ERROR_REASON_SESSION_MISMATCH). Forks share
+        it, a reset leaves it, and snapshots hold it.
+        """
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -569,7 +572,9 @@ class StepResponse(_message.Message):
     """True if any of the steps was answered from memory."""
     @_builtins.property
     def trace(self) -> Global___Trace:
-        """Gate activations, if asked for."""
+        """Gate activations, if asked for, of the steps that ran now: those answered from memory, which are the first, have
+        none.
+        """
 
     def __init__(
         self,
@@ -883,7 +888,7 @@ class ResultsEntry(_message.Message):
     """True if the piece was answered from memory."""
     @_builtins.property
     def trace(self) -> Global___Trace:
-        """Gate activations, if asked for."""
+        """Gate activations, if asked for; absent from a piece answered from memory."""
 
     def __init__(
         self,

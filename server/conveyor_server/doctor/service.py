@@ -189,7 +189,7 @@ def check_models(config: Config, models: list[Model]) -> Iterator[Finding]:
     engine = TorchEngine(device, cpu_threads=config.engine.cpu_threads, slots=PROBE_SLOTS)
     folder = config.models.folder
     try:
-        found = load_repository(folder, engine, {}, config.limits.chunk_steps_max)
+        found = load_repository(folder, engine, {}, config.limits)
     except BundleError as error:
         yield fail("models", str(error), "set models.folder to the repository of models")
         return

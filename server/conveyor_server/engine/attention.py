@@ -20,6 +20,7 @@ from torch import Tensor
 
 from conveyor_models import AttentionWeights
 from conveyor_server.engine.functions import CANDIDATE
+from conveyor_server.engine.logistic import logistic_
 from conveyor_server.engine.memories import HeldMemory
 from conveyor_server.engine.packing import pad_blocks, pad_vector, padded, spread
 from conveyor_server.engine.products import Product, ProductFamily
@@ -94,14 +95,14 @@ class Attention:
 
     def weigh(self, query: Tensor, keys: Tensor, absent: Tensor) -> Tensor:
         """query [n, S], keys [n, M, S], absent [n, M] -> softmax of the scores, [n, M]."""
-        seen = (query[:, None] + keys).sigmoid_().mul_(self._score)
+        seen = logistic_(query[:, None] + keys).mul_(self._score)
         e = _fold(seen, 2).add_(absent)
         e = e.sub_(e.amax(dim=1, keepdim=True)).exp_()
         return e.div_(_fold(e, 1)[:, None])
 
     def scale(self, z: Tensor, h: Tensor) -> Tensor:
         """z, scaled by the gate where there is one."""
-        return z if self._gate is None else z * self._gate.linear(h).sigmoid_()
+        return z if self._gate is None else z * logistic_(self._gate.linear(h))
 
 
 class MemoryBatch:

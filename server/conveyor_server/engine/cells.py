@@ -12,6 +12,7 @@ from torch import Tensor
 
 from conveyor_models import GateFunction
 from conveyor_server.engine.functions import GATE, Functions, columns_of, from_half_
+from conveyor_server.engine.logistic import logistic_
 from conveyor_server.engine.products import ProductFamily
 
 
@@ -79,7 +80,7 @@ class TorchCells:
         if peepholes.input is not None:
             i[0].addcmul_(c, peepholes.input)
         if functions.plain:
-            sums[:, : sums.shape[1] - width].sigmoid_()
+            logistic_(sums[:, : sums.shape[1] - width])
         else:
             functions.gate_(sums[:, : sums.shape[1] - 2 * width])
             functions.half_candidate_(g)
@@ -88,7 +89,7 @@ class TorchCells:
         if peepholes.output is not None:
             o.addcmul_(c, peepholes.output)
         functions.gate_(o)
-        return from_half_((c + c).sigmoid_()).mul_(o), c
+        return from_half_(logistic_(c + c)).mul_(o), c
 
     def gru_seen(self, sums: Tensor, h: Tensor) -> Tensor:
         """See `Cells.gru_seen`."""

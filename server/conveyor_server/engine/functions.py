@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from conveyor_models import GateFunction
+from conveyor_server.engine.logistic import logistic_
 
 GATE: Final = 1.0
 """What a gate's sums are multiplied by; see `pad_blocks`."""
@@ -36,12 +37,12 @@ class Functions:
         """Sums -> activations of gates."""
         self.clip_(sums, GATE)
         if self._slope is None:
-            return sums.sigmoid_()
+            return logistic_(sums)
         return sums.mul_(self._slope).add_(0.5).clamp_(0, 1)
 
     def half_candidate_(self, sums: Tensor) -> Tensor:
         """Doubled sums -> (1 + candidate) / 2."""
-        return self.clip_(sums, CANDIDATE).sigmoid_()
+        return logistic_(self.clip_(sums, CANDIDATE))
 
     def clip_(self, sums: Tensor, scale: float) -> Tensor:
         """Holds sums that were multiplied by `scale` between the limits, if there are any."""
@@ -51,6 +52,15 @@ class Functions:
 def from_half_(half: Tensor) -> Tensor:
     """(1 + tanh) / 2 -> tanh."""
     return half.mul_(2).sub_(1)
+
+
+def keep_infinite_(h: Tensor, before: Tensor) -> Tensor:
+    """Makes an h that follows an infinite one NaN, and leaves any other as it is.
+
+    Else an h without bounds could overflow and be finite again at the end of a chunk, and what
+    becomes of a session would depend on how its input was cut.
+    """
+    return h.add_(before, alpha=0)  # 0 times infinity is NaN
 
 
 def columns_of(x: Tensor, blocks: int) -> Sequence[Tensor]:

@@ -3,15 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from conveyor_models import Bundle, BundleError, ModelSpec, load_bundle, scan
 from conveyor_models.repository import FoundBundle
+from conveyor_server.config import LimitsConfig
 from conveyor_server.core import ELEMENT_BYTES, InputKind, LayerInfo, ModelInfo, ModelKey
 from conveyor_server.engine.engine import Runner, SameBitsError, TorchEngine
 
 Fingerprint: TypeAlias = tuple[tuple[int, int, int], ...]
 """See `FoundBundle.fingerprint`."""
+RECORD_BYTES_MAX: Final = 2**10
+"""What a snapshot takes beside the carry and the memory, rounded up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ class Repository:
 
 
 def load_repository(
-    folder: Path, engine: TorchEngine, known: Mapping[ModelKey, Known], chunk_steps_max: int
+    folder: Path, engine: TorchEngine, known: Mapping[ModelKey, Known], limits: LimitsConfig
 ) -> Repository:
     """Loads every bundle that is not known yet. Takes a while; may be called from any thread.
 
@@ -61,7 +64,7 @@ def load_repository(
         known: Each version already loaded, in service or not. Weights are not swapped under a
             version's sessions: a changed bundle needs a new version, and is a problem until it has
             one.
-        chunk_steps_max: For bundles that set no limit of their own.
+        limits: For bundles that set none of their own.
 
     Raises:
         BundleError: The folder itself cannot be read.
@@ -70,7 +73,7 @@ def load_repository(
     found = Repository(problems=[str(problem) for problem in listing.problems])
     for each in listing.bundles:
         try:
-            _load(each, engine, known, chunk_steps_max, found)
+            _load(each, engine, known, limits, found)
         except (BundleError, SameBitsError) as error:
             found.problems.append(str(error))
         except (RuntimeError, MemoryError) as error:  # torch's own, out of memory for instance
@@ -82,7 +85,7 @@ def _load(
     each: FoundBundle,
     engine: TorchEngine,
     known: Mapping[ModelKey, Known],
-    chunk_steps_max: int,
+    limits: LimitsConfig,
     found: Repository,
 ) -> None:
     key = ModelKey(each.spec.name, each.spec.version)
@@ -92,7 +95,7 @@ def _load(
         key = ModelKey(bundle.spec.name, bundle.spec.version)
         before = known.get(key)
         if before is None:
-            found.loaded.append(Loaded(describe(bundle, chunk_steps_max), engine.prepare(bundle)))
+            found.loaded.append(Loaded(describe(bundle, limits), engine.prepare(bundle)))
         elif before.digest != bundle.digest:
             found.problems.append(
                 f"{key.name} version {key.version}: changed since it was loaded;"
@@ -103,7 +106,7 @@ def _load(
     found.fingerprints[key] = each.fingerprint
 
 
-def describe(bundle: Bundle, chunk_steps_max: int) -> ModelInfo:
+def describe(bundle: Bundle, limits: LimitsConfig) -> ModelInfo:
     """What the rooms above the engine know of a model."""
     spec = bundle.spec
     return ModelInfo(
@@ -122,12 +125,33 @@ def describe(bundle: Bundle, chunk_steps_max: int) -> ModelInfo:
         carry_bytes=spec.carry_values * ELEMENT_BYTES,
         parameters=spec.weight_values,
         step_multiply_adds=spec.step_multiply_adds,
-        chunk_steps_max=spec.limits.chunk_steps_max or chunk_steps_max,
+        chunk_steps_max=spec.limits.chunk_steps_max or limits.chunk_steps_max,
+        streamable=spec.streamable,
+        memory_row_size=0 if spec.attention is None else spec.attention.memory_size,
+        memory_rows_max=_memory_rows_max(spec, limits),
     )
+
+
+def _memory_rows_max(spec: ModelSpec, limits: LimitsConfig) -> int:
+    """So many that a snapshot, which holds the carry too, can be imported in one message."""
+    if spec.attention is None:
+        return 0
+    beside = spec.carry_values * ELEMENT_BYTES + RECORD_BYTES_MAX
+    row_bytes = spec.attention.memory_size * ELEMENT_BYTES
+    fitting = max(0, limits.message_bytes_max - beside) // row_bytes
+    return min(fitting, limits.memory_rows_max, spec.limits.memory_rows_max or fitting)
 
 
 def _layers(spec: ModelSpec) -> tuple[LayerInfo, ...]:
     return tuple(
-        LayerInfo(layer.cell, layer.size, layer.projection_size, tuple(layer.options.items()))
+        LayerInfo(
+            layer.cell,
+            layer.size,
+            layer.projection_size,
+            tuple(layer.options.items()),
+            tuple(
+                (name, layer.hidden_size if name == "h" else layer.size) for name in layer.traced
+            ),
+        )
         for layer in spec.layers
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 from conveyor_models import LstmWeights
 from conveyor_server.engine.cells import Peepholes, make_cells
 from conveyor_server.engine.feeds import Feed
-from conveyor_server.engine.functions import CANDIDATE, GATE, columns_of
+from conveyor_server.engine.functions import CANDIDATE, GATE, columns_of, keep_infinite_
 from conveyor_server.engine.packing import pad_vector, padded, spread
 from conveyor_server.engine.products import Product, ProductFamily
 from conveyor_server.engine.trace import Tap
@@ -42,7 +42,7 @@ class LstmKernel:
         sums = self._sums(x, h)
         h, c = self._cells.lstm(sums, c, keep=tap is not None)
         if self._projection is not None:
-            h = self._projection.linear(h)
+            h = keep_infinite_(self._projection.linear(h), carry[0])
         if tap is not None:
             *i, f, g, o = columns_of(sums, self._blocks)
             tap.see(i=i[0] if i else 1 - f, f=f, g=g, o=o, c=c, h=h)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from conveyor_models import ModelSpec
+from conveyor_server.engine.logistic import logistic_
 from conveyor_server.engine.packing import Columns, pad_blocks, pad_vector, padded, spread
 from conveyor_server.engine.products import Product, ProductFamily
 
@@ -44,7 +45,7 @@ class Readout:
         """rows [n, width], n a multiple of the product's -> outputs [n, size]."""
         y = rows if self._head is None else self._head.linear(rows)
         if self._activation == "sigmoid":
-            y = y.sigmoid()
+            y = logistic_(y.clone())
         y = _without_padding(y, self._columns)
         match self._activation:
             case "softmax":

@@ -5,7 +5,7 @@ from torch import Tensor
 from conveyor_models import RnnWeights
 from conveyor_server.engine.cells import make_cells
 from conveyor_server.engine.feeds import Feed
-from conveyor_server.engine.functions import CANDIDATE, GATE
+from conveyor_server.engine.functions import CANDIDATE, GATE, keep_infinite_
 from conveyor_server.engine.packing import padded
 from conveyor_server.engine.products import ProductFamily
 from conveyor_server.engine.trace import Tap
@@ -26,7 +26,10 @@ class RnnKernel:
     def step(self, x: Tensor, carry: list[Tensor], tap: Tap | None) -> list[Tensor]:
         """See `Kernel.step`."""
         sums = self._sums(x, carry[0])
-        h = self._cells.tanh(sums) if self._tanh else self._cells.relu(sums)
+        if self._tanh:
+            h = self._cells.tanh(sums)
+        else:
+            h = keep_infinite_(self._cells.relu(sums), carry[0])
         if tap is not None:
             tap.see(h=h)
         return [h]

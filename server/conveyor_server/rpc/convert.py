@@ -9,6 +9,7 @@ from conveyor_server.admission import Admission
 from conveyor_server.config import LimitsConfig
 from conveyor_server.core import (
     InputKind,
+    MemoryRows,
     ModelInfo,
     Opened,
     OpenRequest,
@@ -44,6 +45,7 @@ def session_message(view: SessionView) -> session_pb2.Session:
         durable_step=view.durable_step,
         durability=session_pb2.Durability.ValueType(view.durability),
         state_bytes=view.state_bytes,
+        memory_rows=view.memory_rows,
         create_time=timestamp(view.create_seconds),
         active_time=timestamp(view.active_seconds),
         expire_time=timestamp(view.expire_seconds),
@@ -64,10 +66,21 @@ def open_request(
         mode=request.mode,
         durability=request.durability,
         idle_seconds=seconds(request, "idle_ttl"),
-        has_memory=request.HasField("memory"),
+        memory=memory_rows(request),
         labels=request.labels,
         token=request.token,
     )
+
+
+def memory_rows(
+    request: session_pb2.OpenSessionRequest
+    | session_pb2.GenerateRequest
+    | session_pb2.PredictRequest,
+) -> MemoryRows | None:
+    """What a session is to attend over, if that is given."""
+    if not request.HasField("memory"):
+        return None
+    return MemoryRows(request.memory.length, request.memory.rows)
 
 
 def opened_message(opened: Opened, limits: LimitsConfig) -> session_pb2.OpenSessionResponse:
@@ -154,6 +167,17 @@ def _signature(info: ModelInfo) -> model_pb2.Signature:
             labels=info.output_labels,
         ),
         output_activation=info.activation,
+        memory=_memory_signature(info),
+    )
+
+
+def _memory_signature(info: ModelInfo) -> model_pb2.TensorSignature | None:
+    if not info.memory_row_size:
+        return None
+    return model_pb2.TensorSignature(
+        element_type=model_pb2.ELEMENT_TYPE_FLOAT32,
+        row_elements=info.memory_row_size,
+        row_bytes=info.memory_row_bytes,
     )
 
 
@@ -165,6 +189,7 @@ def _limits(info: ModelInfo, limits: LimitsConfig) -> model_pb2.Limits:
         message_bytes_max=limits.message_bytes_max,
         steps_in_flight_max=limits.steps_in_flight_max,
         stream_sessions_max=limits.stream_sessions_max,
+        memory_rows_max=info.memory_rows_max,
         idle_ttl_max=duration(limits.idle_seconds_max),
         idle_ttl_default=duration(limits.idle_seconds_default),
     )

@@ -12,6 +12,7 @@ from conveyor_server.errors import (
     StepGap,
     StepResultNotHeld,
 )
+from conveyor_server.rpc.convert import memory_rows
 from conveyor_server.rpc.service import Context, Services
 from conveyor_server.scheduler.generation import Generation, Made
 from conveyor_server.scheduler.sampling import Sampling
@@ -26,18 +27,21 @@ async def generate(
     context: Context,
 ) -> None:
     """Runs Generate on a session, or on one made for the call."""
-    if request.HasField("memory"):
-        raise InvalidMemory("the model has no attention, so it takes no memory")
+    memory = services.admission.memory(memory_rows(request), request.prompt)
     if request.WhichOneof("target") == "session_id":
         check_session_id(request.session_id)
         if request.version:
             raise InvalidField("version", "only with model")
+        if memory is not None:
+            raise InvalidMemory("a memory is given with a model; a session has its own, or none")
         await _Loop(services, caller, request, context, request.session_id).run()
     elif request.model:
         if request.first_step > 1:
             raise InvalidField("first_step", "only with session_id")
         check_model_name(request.model)
-        wanted = OpenRequest(caller, "", request.model, request.version, ephemeral=True)
+        wanted = OpenRequest(
+            caller, "", request.model, request.version, ephemeral=True, memory=memory
+        )
         opened = await services.driver.call(lambda operations: operations.open(wanted))
         session_id = opened.view.session_id
         try:

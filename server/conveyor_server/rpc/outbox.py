@@ -13,6 +13,7 @@ from conveyor.v1 import session_pb2
 from conveyor_server.core import Piece
 from conveyor_server.metrics import Metrics
 from conveyor_server.rpc.service import Context
+from conveyor_server.rpc.traces import trace_message
 
 FRAME_BYTES_TARGET: Final = 2**20
 """A results frame is closed when its pieces reach this.
@@ -22,7 +23,7 @@ Only a single larger piece makes a larger one.
 _CONTROL_BYTES: Final = 256
 """What a frame without rows is counted as."""
 _ENTRY_BYTES: Final = 64
-"""What a piece is counted as beside its rows."""
+"""What a piece is counted as beside its rows and its trace."""
 METHOD: Final = ("stream_stream", "conveyor.v1.SessionService", "StreamSteps")
 """How calls of StreamSteps and their messages are counted."""
 
@@ -66,7 +67,7 @@ class Outbox:
     def put_piece(self, handle: int, piece: Piece) -> None:
         """Adds a result."""
         self._items.append((handle, piece))
-        self.size_bytes += len(piece.rows) + _ENTRY_BYTES
+        self.size_bytes += piece.size_bytes + _ENTRY_BYTES
         self._wake_writer()
 
     def put(self, make_frame: MakeFrame) -> None:
@@ -144,7 +145,7 @@ class Outbox:
             handle, piece = items[0]
             if not isinstance(piece, Piece):
                 break
-            piece_bytes = len(piece.rows) + _ENTRY_BYTES
+            piece_bytes = piece.size_bytes + _ENTRY_BYTES
             if size and size + piece_bytes > self._frame_bytes:
                 break
             items.popleft()
@@ -155,6 +156,7 @@ class Outbox:
                 rows_length=piece.rows_length,
                 durable_step=piece.durable_step,
                 duplicate=piece.duplicate,
+                trace=None if piece.trace is None else trace_message([piece.trace]),
             )
             rows.append(piece.rows)
             size += piece_bytes

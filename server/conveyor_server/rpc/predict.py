@@ -1,24 +1,54 @@
-"""Predict: one whole sequence on a session that lives for the call."""
+"""Predict: one whole sequence, of which nothing is kept."""
+
+import asyncio
 
 from conveyor.v1 import session_pb2
 from conveyor_server.admission import check_model_name
-from conveyor_server.core import Chunk, OpenRequest, OutputMode
-from conveyor_server.errors import InvalidMemory
+from conveyor_server.core import Chunk, ModelInfo, OpenRequest, OutputMode, WholeSequence
+from conveyor_server.errors import ConveyorError, InvalidMemory
+from conveyor_server.rpc.convert import memory_rows
 from conveyor_server.rpc.service import Services, Waiter
 
 
 async def predict(
-    services: Services, caller: str, request: session_pb2.PredictRequest
+    services: Services,
+    caller: str,
+    request: session_pb2.PredictRequest,
+    remaining_seconds: float | None = None,
 ) -> session_pb2.PredictResponse:
-    """Runs the sequence as one chunk, quantum by quantum, batched with everybody's."""
-    if request.HasField("memory"):
-        raise InvalidMemory("the model has no attention, so it takes no memory")
+    """Checks the sequence and runs it.
+
+    Args:
+        services: The rooms below.
+        caller: Its principal.
+        request: What to run.
+        remaining_seconds: Until the caller waits no more, if that is known.
+    """
     services.admission.message(request.rows)
     check_model_name(request.model)
     model = services.driver.model(request.model, request.version)
     services.admission.sequence(model, request.length, request.rows, request.output)
+    output = OutputMode(request.output or OutputMode.ALL)
+    if model.streamable:
+        return await _on_a_session(services, caller, request, model, output)
+    if request.HasField("memory"):
+        raise InvalidMemory(f"model {model.key.name!r} has no attention, so it takes no memory")
+    return await _whole(services, request, model, output, remaining_seconds)
+
+
+async def _on_a_session(
+    services: Services,
+    caller: str,
+    request: session_pb2.PredictRequest,
+    model: ModelInfo,
+    output: OutputMode,
+) -> session_pb2.PredictResponse:
+    """Runs it as one chunk of a session of its own, quantum by quantum, batched with others."""
+    memory = services.admission.memory(memory_rows(request), request.rows)
     # The very version that the rows were checked against, whatever is the newest by then.
-    wanted = OpenRequest(caller, "", model.key.name, model.key.version, ephemeral=True)
+    wanted = OpenRequest(
+        caller, "", model.key.name, model.key.version, ephemeral=True, memory=memory
+    )
     waiter = Waiter()
     view = (await services.driver.call(lambda operations: operations.open(wanted))).view
     try:
@@ -31,7 +61,7 @@ async def predict(
                 first_step=1,
                 length=request.length,
                 rows=request.rows,
-                output=OutputMode(request.output or OutputMode.ALL),
+                output=output,
                 reply=waiter.reply,
                 arrived_seconds=services.clock.monotonic(),
             )
@@ -43,4 +73,42 @@ async def predict(
         version=view.model.key.version,
         rows_length=answer.rows_length,
         rows=b"".join(answer.rows),
+    )
+
+
+async def _whole(
+    services: Services,
+    request: session_pb2.PredictRequest,
+    model: ModelInfo,
+    output: OutputMode,
+    remaining_seconds: float | None,
+) -> session_pb2.PredictResponse:
+    """Runs it through a model that cannot be stepped, a slice at a time."""
+    done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    def settle(outcome: bytes | ConveyorError) -> None:
+        if done.done():  # the call was cancelled
+            return
+        if isinstance(outcome, ConveyorError):
+            done.set_exception(outcome)
+        else:
+            done.set_result(outcome)
+
+    now = services.clock.monotonic()
+    sequence = WholeSequence(
+        model=model,
+        rows=request.rows,
+        length=request.length,
+        outputs={OutputMode.ALL: request.length, OutputMode.LAST: 1, OutputMode.NONE: 0}[output],
+        settle=settle,
+        arrived_seconds=now,
+        deadline_seconds=None if remaining_seconds is None else now + remaining_seconds,
+    )
+    try:
+        await services.driver.call(lambda operations: operations.predict(sequence))
+        rows = await done
+    finally:
+        services.driver.post(lambda operations: operations.drop_prediction(sequence))
+    return session_pb2.PredictResponse(
+        version=model.key.version, rows_length=sequence.outputs, rows=rows
     )

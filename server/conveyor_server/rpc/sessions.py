@@ -13,6 +13,7 @@ from conveyor_server.rpc.predict import predict
 from conveyor_server.rpc.service import Context, Services, Waiter
 from conveyor_server.rpc.stream import StepStream
 from conveyor_server.rpc.streams import Streams
+from conveyor_server.rpc.traces import trace_message
 
 
 class SessionServicer(session_pb2_grpc.SessionServiceServicer):
@@ -44,13 +45,18 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         view = self._driver.peek(caller, request.session_id)
         if request.epoch not in (0, view.epoch):
             raise SessionSuperseded(f"session {request.session_id!r} was opened elsewhere since")
-        binding = Binding(caller, request.session_id, request.epoch, view.model, waiter.reply)
+        binding = Binding(
+            caller,
+            request.session_id,
+            request.epoch,
+            view.model,
+            waiter.reply,
+            memory_rows=view.memory_rows,
+        )
         entry = Entry(binding, request.first_step, request.length, request.output, request.trace)
         now = self._services.clock.monotonic()
-        remaining = context.time_remaining()
-        # Without a deadline it is None, though grpc's types do not say so.
-        timed = remaining is not None  # pyright: ignore[reportUnnecessaryComparison]
-        deadline = now + remaining if timed else None
+        remaining = _remaining_seconds(context)
+        deadline = None if remaining is None else now + remaining
         self._driver.submit(self._admission.chunk(entry, request.rows, now, deadline))
         answer = await waiter.wait()
         return session_pb2.StepResponse(
@@ -60,6 +66,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
             rows=b"".join(answer.rows),
             durable_step=answer.durable_step,
             duplicate=answer.duplicate,
+            trace=trace_message(answer.traces) if answer.traces else None,
         )
 
     # Writing through the context, a handler returns nothing to iterate over.
@@ -191,4 +198,9 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         self, request: session_pb2.PredictRequest, context: Context
     ) -> session_pb2.PredictResponse:
         """See the contract."""
-        return await predict(self._services, principal(), request)
+        return await predict(self._services, principal(), request, _remaining_seconds(context))
+
+
+def _remaining_seconds(context: Context) -> float | None:
+    """Time until the caller's deadline; None without one, though grpc's types do not say so."""
+    return context.time_remaining()

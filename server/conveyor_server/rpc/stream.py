@@ -57,6 +57,8 @@ class StepStream:
         self._closed: OrderedDict[int, Binding] = OrderedDict()
         self._admitted: deque[tuple[Entry, Chunk | ConveyorError]] = deque()
         self._opening = 0
+        self._opening_bytes = 0
+        """Of memories that came with opens which wait to be carried out."""
         self._last_handle = 0
         self._pending = 0
         self._operations = 0
@@ -229,12 +231,14 @@ class StepStream:
             self._fail(error, tag=frame.tag)
             return
         self._opening += 1
+        self._opening_bytes += len(frame.session.memory.rows)
         self._pending += 1
         self._operations += 1
         self._services.driver.post(lambda operations: self._opened(operations, wanted, frame.tag))
 
     def _opened(self, operations: Operations, wanted: OpenRequest, tag: int) -> None:
         self._opening -= 1
+        self._opening_bytes -= 0 if wanted.memory is None else len(wanted.memory.rows)
         try:
             if self._gone:
                 return
@@ -245,7 +249,13 @@ class StepStream:
             self._last_handle += 1
             handle, view = self._last_handle, opened.view
             self._bindings[handle] = Binding(
-                self._principal, view.session_id, view.epoch, view.model, self, handle
+                self._principal,
+                view.session_id,
+                view.epoch,
+                view.model,
+                self,
+                handle,
+                view.memory_rows,
             )
             self._handles[view.session_id, view.epoch] = handle
             self._outbox.put(partial(frames.opened, opened, self._limits, tag, handle))
@@ -306,6 +316,8 @@ class StepStream:
         """
         if self._operations >= OPERATIONS_MAX:
             return False
+        if self._opening_bytes >= self._limits.message_bytes_max:
+            return False
         owed = self._outbox.size_bytes + self._promised_bytes
         if self._admitted and isinstance(chunk := self._admitted[0][1], Chunk):
             return not owed or owed + result_bytes(chunk) <= self._limits.outbox_bytes_max
@@ -345,7 +357,7 @@ class StepStream:
 
     def _carried_out(self) -> None:
         self._operations -= 1
-        if self._operations == OPERATIONS_MAX - 1:
+        if self._operations == OPERATIONS_MAX - 1 or not self._opening:
             self._outbox.notify()
         self._answered()
 

@@ -29,6 +29,11 @@ class ReadyQueues:
             queue = self._queues[session.model.key] = deque()
         queue.append(session)
 
+    def add_turn(self, key: ModelKey) -> None:
+        """Gives a model a turn, though perhaps no session of it waits."""
+        if key not in self._queues:
+            self._queues[key] = deque()
+
     def discard(self, session: Session) -> None:
         """Takes a session out, if it is in.
 

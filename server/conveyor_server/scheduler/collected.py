@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from conveyor_server.core import Chunk, Piece
+from conveyor_server.core import Chunk, Piece, Trace
 from conveyor_server.errors import ConveyorError
 
 
@@ -19,6 +19,8 @@ class Collected:
     rows_length: int = 0
     durable_step: int = 0
     duplicate: bool = False
+    traces: list[Trace] = field(default_factory=list[Trace])
+    """Of the pieces that ran, in order and without gaps: what was taken before comes first."""
 
     def piece(self, chunk: Chunk, piece: Piece) -> None:
         """See `core.Reply`."""
@@ -26,6 +28,8 @@ class Collected:
         self.rows_length += piece.rows_length
         self.durable_step = piece.durable_step
         self.duplicate = self.duplicate or piece.duplicate
+        if piece.trace is not None:
+            self.traces.append(piece.trace)
         if piece.final:
             self.settle(None)
 

@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 from conveyor_server.core import Chunk, ModelInfo, SessionView
 from conveyor_server.errors import ConveyorError, EngineFailed, Internal
 from conveyor_server.scheduler.operations import Future, Operations
-from conveyor_server.scheduler.scheduler import Batch, Outcome, Scheduler
+from conveyor_server.scheduler.scheduler import Outcome, Scheduler, Turn
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -157,29 +157,29 @@ class Driver:
         if self._stopped:
             return
         with self._stopping_if_broken():
-            batch = self._scheduler.begin()
-            if batch is not None:
-                self._run(batch)
+            turn = self._scheduler.begin()
+            if turn is not None:
+                self._run(turn)
         if self._scheduler.has_work:
             self.wake()
         else:
             self._set_alarm()
 
-    def _run(self, batch: Batch) -> None:
-        if batch.multiply_adds <= self._inline_multiply_adds_max:
-            self._scheduler.finish(batch, self._execute(batch))
+    def _run(self, turn: Turn) -> None:
+        if turn.multiply_adds <= self._inline_multiply_adds_max:
+            self._scheduler.finish(turn, self._execute(turn))
             return
         self._running = True
-        self._loop.run_in_executor(self._worker, self._execute, batch).add_done_callback(
-            lambda done: self._finish(batch, done.result())
+        self._loop.run_in_executor(self._worker, self._execute, turn).add_done_callback(
+            lambda done: self._finish(turn, done.result())
         )
 
-    def _finish(self, batch: Batch, outcome: Outcome) -> None:
+    def _finish(self, turn: Turn, outcome: Outcome) -> None:
         self._running = False
         if self._stopped:
             return
         with self._stopping_if_broken():
-            self._scheduler.finish(batch, outcome)
+            self._scheduler.finish(turn, outcome)
         self.wake()
 
     @contextmanager
@@ -191,14 +191,14 @@ class Driver:
             self._stopped = True
             self._broken()
 
-    def _execute(self, batch: Batch) -> Outcome:
+    def _execute(self, turn: Turn) -> Outcome:
         try:
-            outcome = self._scheduler.execute(batch)
+            outcome = self._scheduler.execute(turn)
         except Exception:  # noqa: BLE001  a bug in the engine fails its batch, not the server
-            _log.exception("the engine raised", extra={"model": batch.model.name})
+            _log.exception("the engine raised", extra={"model": turn.model.name})
             return EngineFailed("the engine failed on this batch; nothing was applied")
         if isinstance(outcome, ConveyorError):
-            _log.error("the engine failed", exc_info=outcome, extra={"model": batch.model.name})
+            _log.error("the engine failed", exc_info=outcome, extra={"model": turn.model.name})
         return outcome
 
     def _set_alarm(self) -> None:

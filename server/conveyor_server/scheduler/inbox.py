@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable
 
-from conveyor_server.core import Chunk
+from conveyor_server.core import Chunk, WholeSequence
 from conveyor_server.errors import InboxFull
 
 Operation = Callable[[], None]
@@ -14,7 +14,7 @@ class Inbox:
     """A bounded queue.
 
     The bound covers all chunks accepted and not yet finished, whether they wait here or with their
-    session.
+    session, and whole sequences, each of which counts as a chunk.
 
     Attributes:
         arrived: Chunks accepted since the server started.
@@ -39,6 +39,17 @@ class Inbox:
         """Accepts a chunk.
 
         Raises:
+            InboxFull: See `accept`.
+        """
+        self.accept(chunk)
+        self.arrived += 1
+        self._items.append(chunk)
+        self._wake()
+
+    def accept(self, chunk: Chunk | WholeSequence) -> None:
+        """Counts what is accepted, here or elsewhere.
+
+        Raises:
             InboxFull: Too many chunks, or bytes of them, are not finished.
         """
         if self.chunks >= self._chunks_max:
@@ -54,17 +65,14 @@ class Inbox:
                 maximum=self._bytes_max,
             )
         self.chunks += 1
-        self.arrived += 1
         self.size_bytes += len(chunk.rows)
-        self._items.append(chunk)
-        self._wake()
 
     def put_operation(self, operation: Operation) -> None:
         """Accepts an operation; callers wait for its end, so there are never more than calls."""
         self._items.append(operation)
         self._wake()
 
-    def finished(self, chunk: Chunk) -> None:
+    def finished(self, chunk: Chunk | WholeSequence) -> None:
         """A chunk was answered, refused or dropped."""
         self.chunks -= 1
         self.size_bytes -= len(chunk.rows)

@@ -21,12 +21,14 @@ from conveyor_server.core import (
     OpenRequest,
     Owner,
     SessionView,
+    WholeSequence,
 )
 from conveyor_server.errors import (
     CheckpointNotRetained,
     ConveyorError,
     Internal,
     InvalidField,
+    ModelNotFound,
     ModelNotStreamable,
     NotSupported,
     ServerDraining,
@@ -40,6 +42,7 @@ from conveyor_server.errors import (
 )
 from conveyor_server.scheduler.scheduler import Scheduler
 from conveyor_server.sessions.held import HeldResults
+from conveyor_server.sessions.memory import SharedMemory, check_memory, check_memory_rows
 from conveyor_server.sessions.session import Barrier, Session
 from conveyor_server.sessions.tokens import check_token, make_token
 from conveyor_server.store.checkpoint import Checkpoint, Header, check_fits, decode, encode
@@ -77,9 +80,9 @@ class Operations:
         """Creates or resumes a session and claims it for `owner`.
 
         Raises:
-            ServerDraining, NotSupported, ModelNotFound, SessionNotFound, SessionEnded,
-            SessionExists, SessionMismatch, SessionsLimit, PrincipalSessionsLimit, InvalidToken,
-            StoreLostWrites.
+            ServerDraining, NotSupported, ModelNotFound, ModelNotStreamable, SessionNotFound,
+            SessionEnded, SessionExists, SessionMismatch, SessionsLimit, PrincipalSessionsLimit,
+            InvalidToken, InvalidMemory, InvalidShape, MemoryTooLarge, StoreLostWrites.
         """
         if self.draining:
             raise ServerDraining
@@ -96,6 +99,23 @@ class Operations:
                 self._scheduler.sessions.get(key, self._now)
             return self._create(request, owner)
         return self._resume(session, request, owner)
+
+    def predict(self, sequence: WholeSequence) -> None:
+        """Begins a whole sequence on a model that cannot be stepped.
+
+        Raises:
+            ServerDraining, ModelNotFound, InboxFull.
+        """
+        if self.draining:
+            raise ServerDraining
+        key = sequence.model.key
+        if self._scheduler.models.resolve(key.name, key.version) is not sequence.model:
+            raise ModelNotFound(f"model {key.name!r} was replaced meanwhile", model=key.name)
+        self._scheduler.predictions.add(sequence)
+
+    def drop_prediction(self, sequence: WholeSequence) -> None:
+        """Nobody waits for a whole sequence any more; it may be over."""
+        self._scheduler.predictions.cancel(sequence)
 
     def get(self, principal: str, session_id: str) -> SessionView:
         """Describes a session."""
@@ -240,8 +260,9 @@ class Operations:
         def run(session: Session) -> None:
             _check_copyable(session)
             checkpoint = self._scheduler.residency.checkpoint(session)
-            anonymous = replace(checkpoint.header, principal="")
-            snapshot = encode(Checkpoint(anonymous, checkpoint.carry))
+            memory = b"" if session.memory is None else session.memory.rows
+            header = replace(checkpoint.header, principal="", memory_bytes=len(memory))
+            snapshot = encode(Checkpoint(header, checkpoint.carry, memory))
             future.set_result((session.view(self._now), snapshot))
 
         self._after_queue(principal, session_id, future, run)
@@ -252,18 +273,20 @@ class Operations:
         """Makes a session from a snapshot.
 
         Raises:
-            SnapshotCorrupt, SnapshotIncompatible, SessionExists, SessionsLimit,
-            PrincipalSessionsLimit, ServerDraining.
+            SnapshotCorrupt, SnapshotIncompatible, MemoryTooLarge, ModelNotStreamable,
+            SessionExists, SessionsLimit, PrincipalSessionsLimit, ServerDraining.
         """
         if self.draining:
             raise ServerDraining
         checkpoint = decode(snapshot)
         model = self._model_of(checkpoint.header)
+        _check_streamable(model)
         check_fits(checkpoint, model)
+        memory = self._import_memory(checkpoint, model)
         new_id = self._free_id(principal, session_id or checkpoint.header.session_id)
         self._scheduler.sessions.check_room(principal)
         self._check_host_room(checkpoint, principal, [new_id])
-        session = self._new_session(principal, new_id, model, idle_seconds)
+        session = self._new_session(principal, new_id, model, idle_seconds, memory=memory)
         self._scheduler.residency.place(session, checkpoint.carry, checkpoint.header.step)
         return session.view(self._now)
 
@@ -303,10 +326,8 @@ class Operations:
                 "model", "there is no such session, and to create one a model is needed"
             )
         model = self._scheduler.models.resolve(request.model, request.version)
-        if not model.streamable and not request.ephemeral:
-            raise ModelNotStreamable(
-                f"model {request.model!r} has bidirectional or reverse layers; use Predict"
-            )
+        _check_streamable(model)
+        check_memory(model, request.memory)
         self._scheduler.sessions.check_room(request.principal)
         session = self._new_session(
             request.principal,
@@ -315,6 +336,7 @@ class Operations:
             request.idle_seconds or self._scheduler.limits.idle_seconds_default,
             labels=request.labels,
             ephemeral=request.ephemeral,
+            memory=self._new_memory(model, request.memory.rows if request.memory else b""),
         )
         session.owner = owner
         return self._opened(session, resumed=False)
@@ -326,6 +348,12 @@ class Operations:
         if (request.model and request.model != key.name) or request.version not in (0, key.version):
             raise SessionMismatch(
                 f"session {session.session_id!r} is on model {key.name!r} version {key.version}"
+            )
+        if request.memory is not None and (
+            session.memory is None or session.memory.rows != request.memory.rows
+        ):
+            raise SessionMismatch(
+                f"session {session.session_id!r} attends over another memory, or over none"
             )
         self._revoke(session)
         self._scheduler.advance(session)
@@ -364,6 +392,7 @@ class Operations:
         *,
         labels: tuple[tuple[str, str], ...] = (),
         ephemeral: bool = False,
+        memory: SharedMemory | None = None,
     ) -> Session:
         limits = self._scheduler.limits
         now = self._now
@@ -379,10 +408,24 @@ class Operations:
             held=HeldResults(limits.held_results_steps_max, limits.held_results_bytes_max),
             labels=labels,
             ephemeral=ephemeral,
+            memory=memory,
         )
         self._scheduler.sessions.add(session)
+        self._scheduler.memories.attend(memory)
         self._scheduler.models.session_began(model.key)
         return session
+
+    def _new_memory(self, model: ModelInfo, rows: bytes) -> SharedMemory | None:
+        """What a session attends over that was forked from none; None without attention."""
+        if not rows:
+            return None
+        self._scheduler.memories.check_room(rows)
+        return self._scheduler.memories.make(model, rows)
+
+    def _import_memory(self, checkpoint: Checkpoint, model: ModelInfo) -> SharedMemory | None:
+        if checkpoint.memory:
+            check_memory_rows(model, len(checkpoint.memory) // model.memory_row_bytes)
+        return self._new_memory(model, checkpoint.memory)
 
     def _check_host_room(
         self, checkpoint: Checkpoint, principal: str, new_ids: Sequence[str]
@@ -393,6 +436,7 @@ class Operations:
             principal=principal,
             session_id=max(new_ids, key=len),
             epoch=STEP_MAX,  # as long as it can be written
+            memory_bytes=0,
         )
         size = len(encode(Checkpoint(header, checkpoint.carry)))
         if len(new_ids) * size > self._scheduler.host_room_bytes:
@@ -404,7 +448,12 @@ class Operations:
 
     def _copy(self, source: Session, session_id: str, carry: bytes) -> Session:
         copy = self._new_session(
-            source.principal, session_id, source.model, source.idle_seconds, labels=source.labels
+            source.principal,
+            session_id,
+            source.model,
+            source.idle_seconds,
+            labels=source.labels,
+            memory=source.memory,
         )
         if source.applied:
             self._scheduler.residency.place(copy, carry, source.applied)
@@ -425,6 +474,20 @@ class Operations:
                 return model
         raise SnapshotIncompatible(
             f"no version of model {header.model!r} here has digest {header.model_digest}"
+        )
+
+
+def _check_streamable(model: ModelInfo) -> None:
+    if not model.streamable:
+        layers = ", ".join(
+            f"{number} ({layer.direction})"
+            for number, layer in enumerate(model.layers)
+            if layer.direction != "forward"
+        )
+        raise ModelNotStreamable(
+            f"model {model.key.name!r} has layers that run from the end of a sequence: {layers};"
+            " use Predict",
+            layers=layers,
         )
 
 

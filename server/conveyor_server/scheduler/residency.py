@@ -7,6 +7,7 @@ from conveyor_server.core import ModelKey, SessionKey, Tier
 from conveyor_server.engine.port import Engine
 from conveyor_server.errors import ConveyorError, SnapshotCorrupt
 from conveyor_server.metrics import Metrics
+from conveyor_server.scheduler.memories import Memories
 from conveyor_server.sessions.session import Session
 from conveyor_server.store.checkpoint import Checkpoint, Header, decode, encode
 from conveyor_server.store.port import CarryStore
@@ -18,9 +19,12 @@ class Residency:
     When none is free, another session is paged out to make one: see `victims`.
     """
 
-    def __init__(self, engine: Engine, store: CarryStore, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: Engine, store: CarryStore, memories: Memories, metrics: Metrics
+    ) -> None:
         """`store` takes what is paged out."""
         self._engine = engine
+        self._memories = memories
         self._store = store
         self._metrics = metrics
         # Least recently stepped first.
@@ -62,8 +66,8 @@ class Residency:
 
         Raises:
             SnapshotCorrupt: The session's record is damaged; nothing was changed.
-            EngineFailed, DeviceOutOfMemory: A carry could not be moved; the session is where it
-                was.
+            EngineFailed, DeviceOutOfMemory: A carry or a memory could not be moved; the session is
+                where it was.
         """
         key = session.model.key
         if session.slot is None:
@@ -85,7 +89,7 @@ class Residency:
         self._metrics.page_outs.add(1, session.model.key.name)
 
     def checkpoint(self, session: Session) -> Checkpoint:
-        """A session's state, wherever it lies.
+        """A session's state, wherever it lies, without what it attends over.
 
         Raises:
             SnapshotCorrupt: Its record is damaged.
@@ -95,7 +99,12 @@ class Residency:
         return Checkpoint(_header(session), carry)
 
     def place(self, session: Session, carry: bytes, step: int) -> None:
-        """Gives a new session a carry, in the store: it may wait long for its first step."""
+        """Gives a new session a carry, in the store: it may wait long for its next step.
+
+        Before its first step it has the initial one, which the engine knows and a record need not.
+        """
+        if not step:
+            return
         session.applied = step
         self._store.put(session.key, encode(Checkpoint(_header(session), carry)))
         session.paged_tier = Tier.HOST
@@ -117,6 +126,7 @@ class Residency:
     def _carry(self, session: Session) -> bytes:
         if session.slot is not None:
             return self._engine.read(session.model.key, session.slot)
+        # Zeros stand for the initial carry, whatever it is: see `place`.
         return self._stored(session) or bytes(session.model.carry_bytes)
 
     def _stored(self, session: Session) -> bytes | None:
@@ -153,12 +163,14 @@ class Residency:
 
     def _fill(self, session: Session, slot: int, carry: bytes | None) -> None:
         key = session.model.key
-        if carry is not None:
-            try:
+        try:
+            if carry is not None:
                 self._engine.write(key, slot, carry)
-            except ConveyorError:
-                self._engine.release(key, slot)
-                raise
+            self._memories.bring_in(session.memory)
+        except ConveyorError:
+            self._engine.release(key, slot)
+            raise
+        if carry is not None:
             self._store.delete(session.key)
             session.paged_tier = Tier.UNSET
             self._metrics.page_ins.add(1, key.name)
@@ -169,6 +181,7 @@ class Residency:
         assert session.slot is not None
         self._engine.release(session.model.key, session.slot)
         session.slot = None
+        self._memories.release(session.memory)
         resident = self._resident[session.model.key]
         del resident[session.key]
         if not resident:

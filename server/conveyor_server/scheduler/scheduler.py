@@ -28,7 +28,9 @@ from conveyor_server.errors import (
 from conveyor_server.metrics import Metrics
 from conveyor_server.scheduler.batching import ReadyQueues
 from conveyor_server.scheduler.inbox import Inbox
+from conveyor_server.scheduler.memories import Memories
 from conveyor_server.scheduler.models import ModelTable
+from conveyor_server.scheduler.predictions import Predictions, Slice
 from conveyor_server.scheduler.residency import Residency
 from conveyor_server.sessions.held import HeldBudget
 from conveyor_server.sessions.session import Barrier, Session
@@ -49,7 +51,10 @@ class Batch:
     """How much work that is."""
 
 
-Outcome = list[Done] | ConveyorError
+Turn = Batch | Slice
+"""What one tick runs."""
+Outcome = list[Done] | bytes | ConveyorError | None
+"""What came of it: of a batch results or an error, of a slice rows or an error once it is over."""
 
 
 class Scheduler:
@@ -80,8 +85,17 @@ class Scheduler:
             ended_sessions_max=limits.ended_sessions_max,
             ended_seconds_max=limits.ended_seconds_max,
         )
-        self.residency = Residency(engine, store, metrics)
+        self.memories = Memories(engine, limits.memories_bytes_max)
+        self.residency = Residency(engine, store, self.memories, metrics)
         self.held = HeldBudget(limits.held_results_total_bytes_max)
+        self.predictions = Predictions(
+            engine=engine,
+            inbox=self.inbox,
+            models=models,
+            limits=limits,
+            slice_steps=quantum_steps,
+            metrics=metrics,
+        )
         self._engine = engine
         self._store = store
         self._ready = ReadyQueues(batch_sessions_max, quantum_steps)
@@ -89,14 +103,14 @@ class Scheduler:
 
     def tick(self) -> bool:
         """One round. Returns whether anything ran."""
-        batch = self.begin()
-        if batch is None:
+        turn = self.begin()
+        if turn is None:
             return False
-        self.finish(batch, self.execute(batch))
+        self.finish(turn, self.execute(turn))
         return True
 
-    def begin(self) -> Batch | None:
-        """Takes in what arrived, ends what expired and selects the next batch.
+    def begin(self) -> Turn | None:
+        """Takes in what arrived, ends what expired and selects what runs next.
 
         Returns None if there is nothing to run.
         """
@@ -104,21 +118,34 @@ class Scheduler:
         self._drain_inbox()
         self._expire_leases()
         self._bound_store()
+        for key in self.predictions.begin(self._now):
+            self._ready.add_turn(key)
         return self._select()
 
-    def execute(self, batch: Batch) -> Outcome:
+    def execute(self, turn: Turn) -> Outcome:
         """The engine call; touches no session, so it may run on any thread."""
         started = self.clock.monotonic()
         try:
-            return self._engine.run(batch.model, batch.works)
+            if isinstance(turn, Slice):
+                return self.predictions.execute(turn)
+            return self._engine.run(turn.model, turn.works)
         except ConveyorError as error:
             return error
         finally:
-            self.metrics.tick_seconds.observe(self.clock.monotonic() - started, batch.model.name)
+            self.metrics.tick_seconds.observe(self.clock.monotonic() - started, turn.model.name)
 
-    def finish(self, batch: Batch, outcome: Outcome) -> None:
-        """Applies a batch's results, answers its chunks and queues what is left of them."""
+    def finish(self, turn: Turn, outcome: Outcome) -> None:
+        """Applies a turn's results, answers who waits and queues what is left to run."""
         self._now = self.clock.monotonic()
+        if isinstance(turn, Slice):
+            assert not isinstance(outcome, list)
+            self.predictions.finish(turn, outcome, self._now)
+        else:
+            assert isinstance(outcome, list | ConveyorError)
+            self._finish_batch(turn, outcome)
+        self._bound_store()
+
+    def _finish_batch(self, batch: Batch, outcome: list[Done] | ConveyorError) -> None:
         self.metrics.tick_sessions.observe(len(batch.works), batch.model.name)
         for position, session in enumerate(batch.sessions):
             session.running = False
@@ -135,7 +162,6 @@ class Scheduler:
             steps = sum(work.length for work in batch.works)
             self.metrics.steps.add(steps, batch.model.name)
             self.metrics.tick_steps.observe(steps, batch.model.name)
-        self._bound_store()
 
     @property
     def host_room_bytes(self) -> int:
@@ -145,7 +171,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether another tick should follow at once."""
-        return bool(self._ready) or len(self.inbox) > 0
+        return bool(self._ready or self.predictions) or len(self.inbox) > 0
 
     def next_wakeup(self) -> float | None:
         """Monotonic time at which a tick is due even if nothing arrives."""
@@ -180,6 +206,7 @@ class Scheduler:
         if tell_owner and session.owner is not None:
             session.owner.lost(session.session_id, session.epoch, session.applied, error)
         self.residency.drop(session)
+        self.memories.leave(session.memory)
         self.held.forget(session.key)
         self.sessions.remove(session, type(error), self._now)
         self.models.session_ended(session.model.key)
@@ -298,9 +325,11 @@ class Scheduler:
             if self.host_room_bytes >= 0:
                 return
 
-    def _select(self) -> Batch | None:
+    def _select(self) -> Turn | None:
         while (taken := self._ready.take()) is not None:
             model, candidates = taken
+            if (part := self.predictions.take(model)) is not None:
+                return part
             if any(session.slot is None for session in candidates):
                 # First those that waited, then those that need nobody paged out.
                 candidates.sort(key=lambda each: (not each.waits_for_slot, each.slot is None))
@@ -344,7 +373,8 @@ class Scheduler:
         assert session.slot is not None
         session.running = True
         batch.sessions.append(session)
-        batch.works.append(Work(session.slot, steps, rows, outputs))
+        memory = 0 if session.memory is None else session.memory.number
+        batch.works.append(Work(session.slot, steps, rows, outputs, memory, chunk.trace))
         batch.multiply_adds += steps * model.step_multiply_adds
 
     def _check_in_time(self, chunk: Chunk) -> None:
@@ -376,7 +406,7 @@ class Scheduler:
         session.held.add(first_step, work.length, bytes(work.rows), done.rows, work.outputs)
         self.held.update(session.key, session.held)
         final = chunk.done + work.length == chunk.length
-        piece = Piece(first_step, work.length, done.rows, work.outputs, final)
+        piece = Piece(first_step, work.length, done.rows, work.outputs, final, trace=done.trace)
         self._answer(session, chunk, piece)
 
     def _answer(self, session: Session, chunk: Chunk, piece: Piece) -> None:

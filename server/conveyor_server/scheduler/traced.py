@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from conveyor_server.core import Chunk, Reply
 from conveyor_server.errors import ConveyorError
 from conveyor_server.scheduler.driver import Driver
-from conveyor_server.scheduler.scheduler import Batch, Outcome, Scheduler
+from conveyor_server.scheduler.scheduler import Batch, Outcome, Scheduler, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,29 +77,34 @@ class TracedScheduler(Scheduler):
         self._traces = traces
         self._engine_seconds = 0.0
 
-    def begin(self) -> Batch | None:
+    def begin(self) -> Turn | None:
         """See `Scheduler.begin`."""
-        batch = super().begin()
-        if batch is not None:
+        turn = super().begin()
+        if isinstance(turn, Batch):
             now = self.clock.monotonic()
-            for chunk, _, trace in self._traced(batch):
+            for chunk, _, trace in self._traced(turn):
                 if not chunk.done:
                     trace.queued(chunk.session_id, chunk.first_step, now - chunk.arrived_seconds)
-        return batch
+        return turn
 
-    def execute(self, batch: Batch) -> Outcome:
+    def execute(self, turn: Turn) -> Outcome:
         """See `Scheduler.execute`."""
         started = self.clock.monotonic()
         try:
-            return super().execute(batch)
+            return super().execute(turn)
         finally:
             self._engine_seconds = self.clock.monotonic() - started
 
-    def finish(self, batch: Batch, outcome: Outcome) -> None:
+    def finish(self, turn: Turn, outcome: Outcome) -> None:
         """See `Scheduler.finish`.
 
         What is told comes first: the answer may end the call.
         """
+        if isinstance(turn, Batch):
+            self._tell(turn, outcome)
+        super().finish(turn, outcome)
+
+    def _tell(self, batch: Batch, outcome: Outcome) -> None:
         tick_steps = sum(work.length for work in batch.works)
         for chunk, steps, trace in self._traced(batch):
             trace.ticked(
@@ -114,7 +119,6 @@ class TracedScheduler(Scheduler):
                     failed=outcome.reason if isinstance(outcome, ConveyorError) else "",
                 )
             )
-        super().finish(batch, outcome)
 
     def _traced(self, batch: Batch) -> Iterator[tuple[Chunk, int, CallTrace]]:
         for session, work in zip(batch.sessions, batch.works, strict=True):

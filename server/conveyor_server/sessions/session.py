@@ -18,6 +18,7 @@ from conveyor_server.core import (
 )
 from conveyor_server.errors import ConveyorError, StepGap
 from conveyor_server.sessions.held import HeldResults
+from conveyor_server.sessions.memory import SharedMemory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +53,8 @@ class Session:
     durability: Durability = Durability.NONE
     labels: tuple[tuple[str, str], ...] = ()
     ephemeral: bool = False
+    memory: SharedMemory | None = None
+    """What it attends over."""
     epoch: int = 1
     applied: int = 0
     durable: int = 0
@@ -124,6 +127,11 @@ class Session:
         rows, count = self.held.recall(first_step, length, inputs, wanted)
         return Piece(first_step, length, rows, count, final, duplicate=True)
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of what it attends over, shared or not."""
+        return 0 if self.memory is None else len(self.memory.rows)
+
     def view(self, now_monotonic: float) -> SessionView:
         """The session as it is now; wall times are reckoned from the monotonic ones."""
         wall = self.created_wall - self.created_monotonic
@@ -136,10 +144,11 @@ class Session:
             applied_step=self.applied,
             durable_step=self.durable,
             durability=self.durability,
-            state_bytes=self.model.carry_bytes,
+            state_bytes=self.model.carry_bytes + self.memory_bytes,
             create_seconds=self.created_wall,
             active_seconds=wall + self.active_monotonic,
             expire_seconds=wall + max(self.lease_ends, now_monotonic),
             idle_seconds=self.idle_seconds,
             labels=self.labels,
+            memory_rows=0 if self.memory is None else self.memory.length,
         )

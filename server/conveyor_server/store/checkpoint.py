@@ -6,7 +6,11 @@
     6       4      header length, little-endian
     10      ...    header, JSON in UTF-8
     ...     ...    carry, float32 little-endian
+    ...     ...    format 2: the memory that is attended over, float32 little-endian
     last    32     SHA-256 of everything before it
+
+A record is written in the oldest format that can hold it. One that never leaves the server has no
+memory in it: there the memory is kept once for all sessions that share it.
 
 Nothing in it is executed or trusted: the checksum is verified first, then every field.
 """
@@ -24,6 +28,8 @@ from conveyor_server.errors import SnapshotCorrupt, SnapshotIncompatible
 
 MAGIC: Final = b"CVYR"
 FORMAT_VERSION: Final = 1
+MEMORY_FORMAT_VERSION: Final = 2
+"""The first format with a memory; the header of format 1 does not know of one."""
 HEADER_BYTES_MAX: Final = 64 * 2**10
 NAME_CHARACTERS_MAX: Final = 256
 _PREFIX: Final = struct.Struct("<4sHI")
@@ -44,6 +50,7 @@ class Header:
     step: int
     carry_bytes: int
     dtype: str = "float32"
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +59,21 @@ class Checkpoint:
 
     header: Header
     carry: bytes
+    memory: bytes = b""
+    """What the session attends over; empty also where that is kept elsewhere."""
 
 
 def encode(checkpoint: Checkpoint) -> bytes:
     """Writes a record."""
     assert len(checkpoint.carry) == checkpoint.header.carry_bytes
-    header = json.dumps(asdict(checkpoint.header), separators=(",", ":")).encode()
-    prefix = _PREFIX.pack(MAGIC, FORMAT_VERSION, len(header))
-    body = b"".join((prefix, header, checkpoint.carry))
+    assert len(checkpoint.memory) == checkpoint.header.memory_bytes
+    fields = asdict(checkpoint.header)
+    version = MEMORY_FORMAT_VERSION if checkpoint.memory else FORMAT_VERSION
+    if not checkpoint.memory:
+        del fields["memory_bytes"]
+    header = json.dumps(fields, separators=(",", ":")).encode()
+    prefix = _PREFIX.pack(MAGIC, version, len(header))
+    body = b"".join((prefix, header, checkpoint.carry, checkpoint.memory))
     return body + hashlib.sha256(body).digest()
 
 
@@ -73,9 +87,10 @@ def decode(record: bytes) -> Checkpoint:
     if len(record) < _PREFIX.size + _DIGEST_BYTES or not record.startswith(MAGIC):
         raise SnapshotCorrupt("not a snapshot")
     _, version, header_length = _PREFIX.unpack_from(record)
-    if version != FORMAT_VERSION:
+    if not FORMAT_VERSION <= version <= MEMORY_FORMAT_VERSION:
         raise SnapshotIncompatible(
-            f"the snapshot has format {version}, this server reads {FORMAT_VERSION}"
+            f"the snapshot has format {version}, this server reads {FORMAT_VERSION} to"
+            f" {MEMORY_FORMAT_VERSION}"
         )
     body = record[:-_DIGEST_BYTES]
     if hashlib.sha256(body).digest() != record[-_DIGEST_BYTES:]:
@@ -83,21 +98,23 @@ def decode(record: bytes) -> Checkpoint:
     carry_start = _PREFIX.size + header_length
     if header_length > HEADER_BYTES_MAX or carry_start > len(body):
         raise SnapshotCorrupt("the snapshot's header is longer than the snapshot")
-    header = _read_header(body[_PREFIX.size : carry_start])
-    carry = body[carry_start:]
-    if len(carry) != header.carry_bytes:
+    header = _read_header(body[_PREFIX.size : carry_start], version)
+    state_bytes = header.carry_bytes + header.memory_bytes
+    if len(body) - carry_start != state_bytes:
         raise SnapshotCorrupt(
-            f"the snapshot holds {len(carry)} bytes of carry, its header says {header.carry_bytes}"
+            f"the snapshot holds {len(body) - carry_start} bytes of state, its header says"
+            f" {state_bytes}"
         )
-    return Checkpoint(header, carry)
+    memory_start = carry_start + header.carry_bytes
+    return Checkpoint(header, body[carry_start:memory_start], body[memory_start:])
 
 
 def check_fits(checkpoint: Checkpoint, model: ModelInfo) -> None:
-    """Checks that the carry can be used with the model.
+    """Checks that the carry and the memory can be used with the model.
 
     Raises:
-        SnapshotIncompatible: It is another model's, or laid out otherwise.
-        SnapshotCorrupt: It has a NaN or an infinity.
+        SnapshotIncompatible: They are another model's, or laid out otherwise.
+        SnapshotCorrupt: One has a NaN or an infinity.
     """
     header = checkpoint.header
     if header.model_digest != model.digest:
@@ -106,14 +123,21 @@ def check_fits(checkpoint: Checkpoint, model: ModelInfo) -> None:
         )
     if header.dtype != "float32" or header.carry_bytes != model.carry_bytes:
         raise SnapshotIncompatible("the snapshot's carry has another layout than the model's")
-    if not np.isfinite(np.frombuffer(checkpoint.carry, dtype="<f4")).all():
-        raise SnapshotCorrupt("the snapshot's carry has a NaN or an infinity")
+    if bool(header.memory_bytes) != bool(model.memory_row_bytes) or (
+        header.memory_bytes and header.memory_bytes % model.memory_row_bytes
+    ):
+        raise SnapshotIncompatible("the snapshot's memory is none that the model attends over")
+    for what, values in (("carry", checkpoint.carry), ("memory", checkpoint.memory)):
+        if not np.isfinite(np.frombuffer(values, dtype="<f4")).all():
+            raise SnapshotCorrupt(f"the snapshot's {what} has a NaN or an infinity")
 
 
-def _read_header(data: bytes) -> Header:
+def _read_header(data: bytes, version: int) -> Header:
     try:
         fields = json.loads(data)
         header = Header(**fields)
+        if ("memory_bytes" in fields) != (version >= MEMORY_FORMAT_VERSION):
+            raise ValueError("a field of another format")
     except (ValueError, TypeError, RecursionError) as error:
         raise SnapshotCorrupt("the snapshot's header is not readable") from error
     if not _well_formed(header):
@@ -124,7 +148,8 @@ def _read_header(data: bytes) -> Header:
 def _well_formed(header: Header) -> bool:
     """Whether a session here could have written it; a right checksum says nothing of that."""
     names = (header.model, header.model_digest, header.dtype)
-    numbers = (header.version, header.epoch, header.step, header.carry_bytes)
+    sizes = (header.carry_bytes, header.memory_bytes)
+    numbers = (header.version, header.epoch, header.step, *sizes)
     return (
         all(type(text) is str for text in (header.session_id, header.principal, *names))
         and SESSION_ID.fullmatch(header.session_id) is not None

@@ -1,7 +1,9 @@
 """A small server on a real socket that keeps the contract, or breaks it, or breaks off, at will.
 
-Its models are running sums: `counter` adds two features, `tokens` adds the token to three counters.
-State lives in a `World`, which outlives the server like a store would.
+Its models are running sums: `counter` adds two features, `tokens` adds the token to three counters,
+and `looker`, which a test has to load, adds two features and shows them above the mean of a memory.
+Gates are a made-up function of the step, `gate_values`. State lives in a `World`, which outlives
+the server like a store would.
 """
 
 import asyncio
@@ -71,6 +73,78 @@ TOKENS = model_pb2.Model(
     streamable=True,
     newest=True,
 )
+LOOKER = model_pb2.Model(
+    name="looker",
+    version=1,
+    digest="digest-looker",
+    description="A running sum that looks at a memory.",
+    signature=model_pb2.Signature(
+        input=COUNTER.signature.input,
+        output=COUNTER.signature.output,
+        memory=model_pb2.TensorSignature(
+            element_type=model_pb2.ELEMENT_TYPE_FLOAT32, row_elements=3, row_bytes=12
+        ),
+        output_activation="none",
+    ),
+    layers=[model_pb2.Layer(cell="gru", size=4), model_pb2.Layer(cell="lstm", size=5)],
+    generative=True,
+    streamable=True,
+    newest=True,
+)
+GATES = {"rnn": "h", "lstm": "ifgoch", "gru": "rznh"}
+
+
+def gate_values(layer: int, gate: str, first_step: int, length: int, units: int) -> np.ndarray:
+    """What a gate does: (length, units), from 0 to 1, or from -1 to 1 where it is no share."""
+    steps = np.arange(first_step, first_step + length)[:, None]
+    values = ((steps * 7 + layer * 5 + ord(gate) + np.arange(units)) % 11) / 10
+    return (values if gate in "iforz" else values * 2 - 1).astype("<f4")
+
+
+def attention_weights(first_step: int, length: int, rows: int) -> np.ndarray:
+    """Where a model looks: mostly at one row, which moves on with the step."""
+    steps = np.arange(first_step, first_step + length)[:, None]
+    here = steps % rows == np.arange(rows)
+    return np.where(here, 0.75, 0.25 / max(rows - 1, 1)).astype("<f4")
+
+
+def make_trace(state: "State", mode: int, first_step: int, length: int) -> session_pb2.Trace:
+    """The trace of steps that ran."""
+    trace = session_pb2.Trace()
+    for number, layer in enumerate(state.model.layers):
+        traced = trace.layers.add(layer=number, cell=layer.cell)
+        for name in GATES[layer.cell]:
+            values = gate_values(number, name, first_step, length, layer.size)
+            gate = traced.gates.add(name=name, units=layer.size)
+            if mode == session_pb2.TRACE_MODE_FULL:
+                gate.values = values.tobytes()
+                continue
+            for row in values:
+                gate.summaries.add(
+                    mean=row.mean(),
+                    minimum=row.min(),
+                    maximum=row.max(),
+                    share_low=np.mean(row < 0.1),
+                    share_high=np.mean(row > 0.9),
+                )
+    if len(state.memory):
+        trace.attention_columns = len(state.memory)
+        trace.attention = attention_weights(first_step, length, len(state.memory)).tobytes()
+    return trace
+
+
+def take_memory(model: model_pb2.Model, given: bool, memory: session_pb2.Memory) -> np.ndarray:
+    """What a new session attends over; no rows for a model without attention."""
+    wanted = model.signature.HasField("memory")
+    elements = model.signature.memory.row_elements
+    if given != wanted or len(memory.rows) != memory.length * elements * 4:
+        raise Refusal("INVALID_MEMORY")
+    if not wanted:
+        return np.zeros((0, 1), "<f4")
+    if memory.length > model.limits.memory_rows_max:
+        raise Refusal("MEMORY_TOO_LARGE")
+    return np.frombuffer(memory.rows, "<f4").reshape(-1, elements)
+
 
 CODES = {
     "MODEL_NOT_FOUND": grpc.StatusCode.NOT_FOUND,
@@ -82,6 +156,10 @@ CODES = {
     "STEP_GAP": grpc.StatusCode.FAILED_PRECONDITION,
     "STEP_CONFLICT": grpc.StatusCode.ABORTED,
     "STEP_RESULT_NOT_HELD": grpc.StatusCode.FAILED_PRECONDITION,
+    "INVALID_FIELD": grpc.StatusCode.INVALID_ARGUMENT,
+    "INVALID_MEMORY": grpc.StatusCode.INVALID_ARGUMENT,
+    "MEMORY_TOO_LARGE": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "NOT_SUPPORTED": grpc.StatusCode.UNIMPLEMENTED,
     "NON_FINITE_INPUT": grpc.StatusCode.INVALID_ARGUMENT,
     "STREAM_SESSIONS_LIMIT": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "SERVER_DRAINING": grpc.StatusCode.UNAVAILABLE,
@@ -149,6 +227,7 @@ class State:
     checkpoints: dict[int, np.ndarray] = field(default_factory=dict)
     idle_seconds: float = 60.0
     labels: dict[str, str] = field(default_factory=dict)
+    memory: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.float32))
     held_steps: int = 1000
     holder: Any = None
     handle: int = 0
@@ -165,6 +244,7 @@ class State:
             applied_step=self.applied,
             durable_step=self.durable,
             durability=self.durability,
+            memory_rows=len(self.memory),
             idle_ttl=make_duration(self.idle_seconds),
             labels=self.labels,
         )
@@ -179,7 +259,7 @@ class State:
             if self.inputs[first_step] != row:
                 raise Refusal("STEP_CONFLICT")
             return self.results[first_step], True
-        out = add(self.model, self.carry, row)
+        out = add(self.model, self.carry, row, self.memory)
         self.applied = first_step
         self.runs[first_step] += 1
         self.inputs[first_step] = row
@@ -200,12 +280,16 @@ class State:
         self.results = {n: row for n, row in self.results.items() if n <= step}
 
 
-def add(model: model_pb2.Model, carry: np.ndarray, row: bytes) -> bytes:
-    if model.name == "tokens":
+def takes_tokens(model: model_pb2.Model) -> bool:
+    return model.signature.input.element_type == model_pb2.ELEMENT_TYPE_INT32
+
+
+def add(model: model_pb2.Model, carry: np.ndarray, row: bytes, memory: np.ndarray) -> bytes:
+    if takes_tokens(model):
         carry += np.frombuffer(row, "<i4")[0]
         return carry.tobytes()
     carry[:2] += np.frombuffer(row, "<f4")
-    return carry[:2].tobytes()
+    return (carry[:2] + memory.mean() if len(memory) else carry[:2]).tobytes()
 
 
 @dataclass
@@ -258,11 +342,13 @@ class FakeServer(session_pb2_grpc.SessionServiceServicer, model_pb2_grpc.ModelSe
             message_bytes_max=64 * 1024,
             steps_in_flight_max=128,
             stream_sessions_max=256,
+            memory_rows_max=8,
             idle_ttl_max=make_duration(600),
             idle_ttl_default=make_duration(60),
         )
         self.window = session_pb2.ReplayWindow(steps_max=256, bytes_max=64 * 1024)
         self.held_steps = 1000
+        self.traces = True
         self.faults = Faults()
         self.port = 0
         self.streams: list[_Stream] = []
@@ -326,6 +412,8 @@ class FakeServer(session_pb2_grpc.SessionServiceServicer, model_pb2_grpc.ModelSe
             await context.abort_with_status(rpc_status.to_status(refusal.status))
 
     def _model(self, name: str, version: int = 0) -> model_pb2.Model:
+        if ":" in name:
+            raise Refusal("INVALID_FIELD", field="name")
         for model in self.models:
             if model.name == name and version in (0, model.version):
                 described = model_pb2.Model()
@@ -341,9 +429,11 @@ class FakeServer(session_pb2_grpc.SessionServiceServicer, model_pb2_grpc.ModelSe
             if request.mode == session_pb2.OPEN_MODE_RESUME:
                 world.find(request.session_id)
             world.ended.pop(request.session_id, None)
+            model = self._model(request.model, request.version)
             state = State(
                 session_id=request.session_id or uuid4().hex,
-                model=self._model(request.model, request.version),
+                model=model,
+                memory=take_memory(model, request.HasField("memory"), request.memory),
                 durability=request.durability or session_pb2.DURABILITY_NONE,
                 labels=dict(request.labels),
                 held_steps=self.held_steps,
@@ -373,7 +463,12 @@ class FakeServer(session_pb2_grpc.SessionServiceServicer, model_pb2_grpc.ModelSe
     async def Step(self, request: Any, context: Any) -> Any:
         def action() -> Any:
             state = self.world.find(request.session_id)
+            first_new = max(request.first_step, state.applied + 1)
             rows, duplicate = run_rows(state, request.first_step, request.length, request.rows)
+            ran = request.first_step + request.length - first_new
+            trace = None
+            if request.trace and ran > 0:
+                trace = make_trace(state, request.trace, first_new, ran)
             return session_pb2.StepResponse(
                 first_step=request.first_step,
                 length=request.length,
@@ -381,6 +476,7 @@ class FakeServer(session_pb2_grpc.SessionServiceServicer, model_pb2_grpc.ModelSe
                 rows=rows,
                 durable_step=state.durable,
                 duplicate=duplicate,
+                trace=trace,
             )
 
         return await self._answer("Step", context, action)
@@ -436,7 +532,7 @@ class FakeServer(session_pb2_grpc.SessionServiceServicer, model_pb2_grpc.ModelSe
             for new_id in request.new_session_ids:
                 if new_id in self.world.sessions:
                     raise Refusal("SESSION_EXISTS")
-                copy = State(new_id or uuid4().hex, source.model)
+                copy = State(new_id or uuid4().hex, source.model, memory=source.memory)
                 copy.carry, copy.applied = source.carry.copy(), source.applied
                 self.world.sessions[copy.session_id] = copy
                 copies.append(copy.describe())
@@ -458,9 +554,8 @@ class FakeServer(session_pb2_grpc.SessionServiceServicer, model_pb2_grpc.ModelSe
         def action() -> Any:
             state = self.world.find(request.session_id)
             head = f"snap|{state.session_id}|{state.model.name}|{state.applied}|".encode()
-            return session_pb2.ExportSessionResponse(
-                session=state.describe(), snapshot=head + state.carry.tobytes()
-            )
+            body = state.carry.tobytes() + state.memory.astype("<f4").tobytes()
+            return session_pb2.ExportSessionResponse(session=state.describe(), snapshot=head + body)
 
         return await self._answer("ExportSession", context, action)
 
@@ -473,7 +568,10 @@ class FakeServer(session_pb2_grpc.SessionServiceServicer, model_pb2_grpc.ModelSe
             state = State(request.session_id or name.decode(), self._model(model.decode()))
             if state.session_id in self.world.sessions:
                 raise Refusal("SESSION_EXISTS")
-            state.carry = np.frombuffer(carry, "<f4").copy()
+            numbers = np.frombuffer(carry, "<f4").copy()
+            state.carry, memory = numbers[:3], numbers[3:]
+            elements = state.model.signature.memory.row_elements
+            state.memory = memory.reshape(-1, elements or 1)
             state.applied = int(applied)
             self.world.ended.pop(state.session_id, None)
             self.world.sessions[state.session_id] = state
@@ -486,7 +584,9 @@ class FakeServer(session_pb2_grpc.SessionServiceServicer, model_pb2_grpc.ModelSe
         if request.session_id:
             state = self.world.find(request.session_id)
         else:
-            state = State("made", self._model(request.model))
+            model = self._model(request.model)
+            memory = take_memory(model, request.HasField("memory"), request.memory)
+            state = State("made", model, memory=memory)
         if request.first_step and request.first_step != state.applied + 1:
             refusal = Refusal("STEP_GAP", expected_step=str(state.applied + 1))
             await context.abort_with_status(rpc_status.to_status(refusal.status))
@@ -497,7 +597,7 @@ class FakeServer(session_pb2_grpc.SessionServiceServicer, model_pb2_grpc.ModelSe
         made = 0
         while made < request.steps_max:
             step = state.applied
-            if state.model.name == "tokens":
+            if takes_tokens(state.model):
                 token = (int(state.carry[0]) + request.seed) % 4
                 yield session_pb2.GenerateResponse(step=step, tokens=[token])
                 made += 1
@@ -515,7 +615,9 @@ class FakeServer(session_pb2_grpc.SessionServiceServicer, model_pb2_grpc.ModelSe
 
     async def Predict(self, request: Any, context: Any) -> Any:
         def action() -> Any:
-            state = State("made", self._model(request.model, request.version))
+            model = self._model(request.model, request.version)
+            memory = take_memory(model, request.HasField("memory"), request.memory)
+            state = State("made", model, memory=memory)
             rows, _ = run_rows(state, 1, request.length, request.rows)
             size = state.model.signature.output.row_bytes
             if request.output == session_pb2.OUTPUT_MODE_LAST:
@@ -683,6 +785,8 @@ class _Stream:
         in_size = state.model.signature.input.row_bytes
         if not np.isfinite(np.frombuffer(rows, "<f4")).all() and state.model.name == "counter":
             raise Refusal("NON_FINITE_INPUT")
+        if entry.trace and not self.server.traces:
+            raise Refusal("NOT_SUPPORTED")
         done = 0
         while done < entry.length:
             length = min(entry.length - done, self.server.faults.piece_steps_max)
@@ -702,11 +806,9 @@ class _Stream:
                 durable_step=state.durable,
                 duplicate=duplicate,
             )
-            if entry.trace:
-                gate = session_pb2.GateTrace(name="i", units=2)
-                gate.values = np.full((length, 2), entry.first_step + done, "<f4").tobytes()
-                layer = session_pb2.LayerTrace(layer=0, cell="rnn", gates=[gate])
-                result.trace.layers.append(layer)
+            if entry.trace and not duplicate:
+                first = entry.first_step + done
+                result.trace.CopyFrom(make_trace(state, entry.trace, first, length))
             results = session_pb2.ResultsFrame(entries=[result], rows=out)
             self.put(session_pb2.StreamStepsResponse(results=results))
             done += length

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from conveyor_client.cli._app import app
 from conveyor_client.cli._common import remaining_text
-from tests.unit.client.fake import FakeServer
+from tests.unit.client.fake import LOOKER, TOKENS, FakeServer
 
 runner = CliRunner()
 
@@ -107,6 +107,40 @@ def test_generate_needs_tokens(conveyor) -> None:
     result = conveyor("generate", "counter", status=1)
     message = "counter takes features, not tokens; it cannot generate text"
     assert result.stderr == f"error: {message}\n"
+
+
+def test_a_memory_comes_from_a_file(conveyor, threaded_server: FakeServer, tmp_path: Path) -> None:
+    threaded_server.models.append(LOOKER)
+    file = tmp_path / "memory.csv"
+    file.write_text("1,2,3\n4,5,6\n")
+    options = ("--memory", str(file))
+    assert "3 x float32 in a row, at most 8 rows" in conveyor("models", "show", "looker").stdout
+    assert conveyor("run", "looker", *options, stdin="1,1\n").stdout == "left,right\n4.5,4.5\n"
+    conveyor("run", "looker", *options, "--session", "one", stdin="1,1\n")
+    assert "memory rows" in conveyor("sessions", "show", "one").stdout
+    again = conveyor("run", "looker", "--session", "one", stdin="1,1\n")
+    assert again.stdout == "left,right\n5.5,5.5\n"
+    reader = type(TOKENS)()
+    reader.CopyFrom(TOKENS)
+    reader.name = "reader"
+    reader.signature.memory.CopyFrom(LOOKER.signature.memory)
+    threaded_server.models.append(reader)
+    assert conveyor("generate", "reader", "--prompt", "b", *options).stdout.startswith("b")
+    for command in (("run", "looker"), ("generate", "reader", "--prompt", "b")):
+        refused = conveyor(*command, stdin="1,1\n", status=1)
+        assert "INVALID_MEMORY" in refused.stderr
+        missing = conveyor(*command, "--memory", "/nowhere.npy", stdin="1,1\n", status=1)
+        assert "No such file" in missing.stderr
+
+
+def test_bench_makes_a_memory_up(invoke_json, threaded_server: FakeServer) -> None:
+    threaded_server.models.append(LOOKER)
+    figures = invoke_json(
+        "bench", "looker", "--memory-rows", "3", "--duration", "0.1", "--warmup", "0"
+    )
+    assert figures["chunks"] > 0
+    (opened,) = [f.open.session for f in threaded_server.world.frames if f.HasField("open")]
+    assert opened.memory.length == 3
 
 
 def test_close_tries_every_session(conveyor, threaded_server: FakeServer) -> None:

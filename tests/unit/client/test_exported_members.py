@@ -55,6 +55,7 @@ def test_wrapped_methods_keep_signature_and_documentation() -> None:
         assert inspect.getdoc(here) == inspect.getdoc(there)
     by_hand = [
         (_blocking.Session.stream, _session.Session.stream),
+        (_blocking.Session.stream_with_trace, _session.Session.stream_with_trace),
         (_blocking.Session.generate, _session.Session.generate),
         (_blocking.Session.fork, _session.Session.fork),
         (_blocking.Client.generate, _client.Client.generate),

@@ -1,9 +1,11 @@
 """Numbering and replay without a server, for any cuts, pieces, breaks and checkpoints."""
 
 import asyncio
+import gc
 from collections.abc import Iterator
 from contextlib import closing
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from conveyor.v1 import session_pb2
 from conveyor_client import DataLoss, NonFiniteInput, SessionSuperseded, StepGap, StepResultNotHeld
 from conveyor_client._ledger import Chunk, Ledger, Window
+from conveyor_client._trace import TracePiece, trace_from_pieces
 
 ALL = session_pb2.OUTPUT_MODE_ALL
 WIDE = Window(steps_max=1000, bytes_max=100_000, in_flight_steps_max=1000)
@@ -266,6 +269,56 @@ def test_a_replayed_piece_may_straddle_what_was_told(loop: asyncio.AbstractEvent
     take_all(ledger)
     assert answer(ledger, 3, 4)
     assert b"".join(chunk.future.result().pieces) == b"".join(row(n) for n in range(1, 7))
+
+
+def test_the_traces_of_a_replay_lie_where_its_outputs_do(loop: asyncio.AbstractEventLoop) -> None:
+    """Steps 1 to 3 were told, the server is back at 1 and answers 2 to 5, and 6 from memory."""
+    ledger = Ledger(WIDE, 4)
+    full = session_pb2.TRACE_MODE_FULL
+    chunk = Chunk(b"".join(map(row, range(6))), 6, ALL, full, loop.create_future())
+    ledger.pending.append(chunk)
+    take_all(ledger)
+
+    def answer_traced(first_step: int, length: int, *, traced: bool) -> None:
+        entry = session_pb2.ResultsEntry(
+            handle=1, first_step=first_step, length=length, rows_length=length
+        )
+        if traced:
+            values = np.arange(first_step, first_step + length, dtype="<f4").tobytes()
+            layer = entry.trace.layers.add(cell="rnn")
+            layer.gates.add(name="h", units=1, values=values)
+        rows = b"".join(row(first_step + n) for n in range(length))
+        assert ledger.answer(entry, rows)
+
+    answer_traced(1, 3, traced=True)
+    ledger.resume(1, 0)
+    take_all(ledger)
+    answer_traced(2, 4, traced=True)
+    answer_traced(6, 1, traced=False)
+    assert chunk.future.done()
+    trace = trace_from_pieces(1, chunk.traces)
+    values = trace.layers[0]["h"].values
+    assert values is not None
+    np.testing.assert_array_equal(values[:, 0], [1, 2, 3, 4, 5, np.nan])
+    assert trace.covered.tolist() == [True] * 5 + [False]
+    assert b"".join(chunk.pieces) == b"".join(row(n) for n in range(1, 7))
+
+
+def test_what_is_kept_for_replay_keeps_no_answer(loop: asyncio.AbstractEventLoop) -> None:
+    ledger = Ledger(WIDE, 4)
+    ledger.keeps_until_durable = True
+    full = session_pb2.TRACE_MODE_FULL
+    ledger.pending.append(Chunk(row(0), 1, ALL, full, loop.create_future()))
+    take_all(ledger)
+    entry = session_pb2.ResultsEntry(handle=1, first_step=1, length=1, rows_length=1)
+    entry.trace.layers.add(cell="rnn")
+    assert ledger.answer(entry, row(1))
+    gc.collect()
+    assert ledger.held == (1, 4)
+    assert not [kept for kept in gc.get_objects() if type(kept) is TracePiece]
+    ledger.resume(0, 0)  # and can be sent again all the same
+    (again,) = take_all(ledger)
+    assert (again.rows, again.expected, again.missing) == (row(0), 1, 1)
 
 
 def test_abandoning_fails_everything_with_errors_of_their_own(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from conveyor_client import InvalidShape, TokenOutOfRange
+from conveyor_client import InvalidMemory, NonFiniteInput, TokenOutOfRange
 from conveyor_client._nouns import ModelInfo, model_from_proto
 from conveyor_client._policy import Reconnect
 from conveyor_client._rows import RowCodec, pack_memory
@@ -53,12 +53,33 @@ def test_outputs_are_unpacked_into_their_own_memory() -> None:
     assert INTS.decode(b"", single=False).shape == (0, 3)
 
 
-def test_memory_has_two_dimensions() -> None:
+def test_memory_is_packed_row_after_row() -> None:
     memory = pack_memory([[1, 2, 3], [4, 5, 6]])
     assert memory.length == 2
-    assert len(memory.rows) == 24
-    with pytest.raises(InvalidShape):
-        pack_memory([1, 2, 3])
+    assert np.frombuffer(memory.rows, "<f4").tolist() == [1, 2, 3, 4, 5, 6]
+    columns = np.arange(6.0).reshape(3, 2).T  # not contiguous, and float64
+    assert np.frombuffer(pack_memory(columns).rows, "<f4").tolist() == [0, 2, 4, 1, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("memory", "error", "message"),
+    [
+        ([1, 2, 3], InvalidMemory, r"not \(3,\)"),
+        (np.ones((1, 2, 3)), InvalidMemory, r"not \(1, 2, 3\)"),
+        (np.ones((0, 3)), InvalidMemory, r"not \(0, 3\)"),
+        (np.ones((3, 0)), InvalidMemory, r"not \(3, 0\)"),
+        ([["a"]], InvalidMemory, "real numbers"),
+        ([[1j]], InvalidMemory, "complex128"),
+        ([[1], [1, 2]], InvalidMemory, "inhomogeneous"),
+        ([[1, 2], [3, float("nan")]], NonFiniteInput, "row 1"),
+        ([[1e39, 2]], NonFiniteInput, "row 0"),
+    ],
+)
+def test_what_is_no_memory_is_refused_here(
+    memory: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        pack_memory(memory)  # type: ignore[arg-type]
 
 
 def test_text_maps_to_tokens_by_the_labels() -> None:

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from conveyor.v1 import session_pb2
 from conveyor_client import (
     DeadlineExceeded,
     EmptyChunk,
@@ -345,18 +344,6 @@ async def test_steps_wait_while_something_is_done_alone(client: aio.Client) -> N
         outs = await asyncio.gather(session.step([1, 1]), session.reset(), session.step([2, 2]))
         assert outs[0].tolist() == [6, 6]
         assert outs[2].tolist() == [2, 2]
-
-
-async def test_traces_are_put_together(server: FakeServer, client: aio.Client) -> None:
-    server.faults.piece_steps_max = 2
-    async with client.session("counter") as session:
-        out, trace = await session.step_with_trace(np.ones((3, 2)), mode="full")
-        assert out.tolist() == [[1, 1], [2, 2], [3, 3]]
-        gate = trace.layers[0].gates["i"]
-        assert gate.values is not None
-        assert gate.values.tolist() == [[1, 1], [1, 1], [3, 3]]
-        assert trace.attention is None
-    assert server.world.frames[1].steps.entries[0].trace == session_pb2.TRACE_MODE_FULL
 
 
 async def test_sessions_spread_over_streams_when_one_is_full(server: FakeServer) -> None:

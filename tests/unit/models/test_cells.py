@@ -268,8 +268,6 @@ def test_weights_are_copied_from_the_module() -> None:
 
 
 def test_modules_that_cannot_be_expressed_are_refused() -> None:
-    with pytest.raises(UnsupportedModuleError, match="bidirectional"):
-        weights_from_torch(nn.LSTM(2, 3, bidirectional=True))
     with pytest.raises(UnsupportedModuleError, match="max_norm"):
         weights_from_torch(nn.LSTM(2, 3), embedding=nn.Embedding(4, 2, max_norm=1.0))
 

@@ -25,6 +25,7 @@ from conveyor_server.core import (
     STEP_MAX,
     Chunk,
     Durability,
+    MemoryRows,
     ModelInfo,
     OpenMode,
     OutputMode,
@@ -35,6 +36,7 @@ from tests.support.models import FEATURES, LOOPED, TOKENS
 from tests.support.replies import Recorder
 from tests.support.rig import rows_of
 
+MESSAGE_BYTES_MAX = 2048
 ADMISSION = Admission(
     LimitsConfig(
         chunk_steps_max=8,
@@ -43,6 +45,7 @@ ADMISSION = Admission(
         idle_seconds_max=60,
         fork_sessions_max=3,
         labels_max=2,
+        message_bytes_max=MESSAGE_BYTES_MAX,
     )
 )
 NAN, INF = float("nan"), float("inf")
@@ -66,7 +69,7 @@ def opening(**changes: Any) -> Any:
         "mode": 0,
         "durability": 0,
         "idle_seconds": None,
-        "has_memory": False,
+        "memory": None,
         "labels": {},
         "token": "",
     }
@@ -115,7 +118,8 @@ BAD: list[tuple[str, str, Callable[[], object]]] = [
     ("a step beyond all", "INVALID_FIELD", lambda: chunk(TWO, first_step=STEP_MAX + 1)),
     ("an unknown output mode", "INVALID_FIELD", lambda: chunk(TWO, output=4)),
     ("an output mode below 0", "INVALID_FIELD", lambda: chunk(TWO, output=-1)),
-    ("a trace", "NOT_SUPPORTED", lambda: chunk(TWO, trace=1)),
+    ("an unknown trace mode", "INVALID_FIELD", lambda: chunk(TWO, trace=3)),
+    ("a trace mode below 0", "INVALID_FIELD", lambda: chunk(TWO, trace=-1)),
     ("a frame without entries", "EMPTY_CHUNK", lambda: ADMISSION.frame([], b"", 1.0, None)),
     ("a frame with bytes left over", "INVALID_SHAPE",
      lambda: ADMISSION.frame([entry(), entry()], TWO * 2 + b"\0", 1.0, None)),
@@ -131,7 +135,14 @@ BAD: list[tuple[str, str, Callable[[], object]]] = [
     ("open: a version below 0", "INVALID_FIELD", lambda: opening(version=-1)),
     ("open: an unknown mode", "INVALID_FIELD", lambda: opening(mode=3)),
     ("open: an unknown durability", "INVALID_FIELD", lambda: opening(durability=4)),
-    ("open: a memory", "INVALID_MEMORY", lambda: opening(has_memory=True)),
+    ("open: NaN in the memory", "NON_FINITE_INPUT",
+     lambda: opening(memory=MemoryRows(1, floats(1, NAN, 2)))),
+    ("open: infinity in a memory of odd bytes", "NON_FINITE_INPUT",
+     lambda: opening(memory=MemoryRows(1, floats(-INF) + b"\0"))),
+    ("open: a memory larger than a message", "MESSAGE_TOO_LARGE",
+     lambda: opening(memory=MemoryRows(1, bytes(MESSAGE_BYTES_MAX + 1)))),
+    ("predict: a memory and rows larger than a message", "MESSAGE_TOO_LARGE",
+     lambda: ADMISSION.memory(MemoryRows(1, bytes(MESSAGE_BYTES_MAX - 3)), bytes(4))),
     ("open: no idle time", "INVALID_FIELD", lambda: opening(idle_seconds=0.0)),
     ("open: an idle time below 0", "INVALID_FIELD", lambda: opening(idle_seconds=-1.0)),
     ("open: an idle time too long", "INVALID_FIELD", lambda: opening(idle_seconds=60.001)),
@@ -198,6 +209,9 @@ GOOD: list[tuple[str, Callable[[], object]]] = [
     ("every mode", lambda: [chunk(TWO, output=mode) for mode in (0, 1, 2, 3)]),
     ("open: an id of every character", lambda: opening(session_id="Az09._:-")),
     ("open: an id at the limit", lambda: opening(session_id="x" * 128)),
+    ("every trace mode", lambda: [chunk(TWO, trace=mode) for mode in (0, 1, 2)]),
+    ("open: a memory as large as a message",
+     lambda: opening(memory=MemoryRows(1, bytes(MESSAGE_BYTES_MAX)))),
     ("open: idle time at the limit", lambda: opening(idle_seconds=60.0)),
     ("open: labels at the limit",
      lambda: opening(labels={"k" * LABEL_KEY_CHARACTERS_MAX: "v" * LABEL_VALUE_CHARACTERS_MAX,

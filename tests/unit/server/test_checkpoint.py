@@ -15,6 +15,7 @@ from conveyor_server.store.checkpoint import (
     FORMAT_VERSION,
     HEADER_BYTES_MAX,
     MAGIC,
+    MEMORY_FORMAT_VERSION,
     Checkpoint,
     Header,
     check_fits,
@@ -36,6 +37,8 @@ HEADER = Header(
 )
 CARRY = struct.pack("<8f", *range(8))
 RECORD = encode(Checkpoint(HEADER, CARRY))
+FIELDS = sorted(set(Header.__dataclass_fields__) - {"memory_bytes"})
+"""Of a header without a memory."""
 REFUSALS = (SnapshotCorrupt, SnapshotIncompatible)
 
 
@@ -46,7 +49,7 @@ def sealed(header: bytes, carry: bytes = CARRY, version: int = FORMAT_VERSION) -
 
 
 def header_json(**changes: Any) -> bytes:
-    fields = {name: getattr(HEADER, name) for name in Header.__dataclass_fields__}
+    fields = {name: getattr(HEADER, name) for name in FIELDS}
     fields |= changes
     return json.dumps({key: value for key, value in fields.items() if value != "GONE"}).encode()
 
@@ -103,7 +106,7 @@ JSON = st.recursive(
 )
 
 
-@given(name=st.sampled_from(sorted(Header.__dataclass_fields__)), value=JSON)
+@given(name=st.sampled_from(FIELDS), value=JSON)
 def test_any_header_field_is_taken_or_refused(name: str, value: Any) -> None:
     try:
         checkpoint = decode(sealed(header_json(**{name: value})))
@@ -154,9 +157,10 @@ def test_a_header_too_long_is_refused() -> None:
         decode(body + hashlib.sha256(body).digest())
 
 
-def test_another_format_is_incompatible() -> None:
-    with pytest.raises(SnapshotIncompatible, match="format 2"):
-        decode(sealed(header_json(), version=2))
+@pytest.mark.parametrize("version", [0, MEMORY_FORMAT_VERSION + 1, 2**16 - 1])
+def test_another_format_is_incompatible(version: int) -> None:
+    with pytest.raises(SnapshotIncompatible, match=f"format {version}"):
+        decode(sealed(header_json(), version=version))
 
 
 def test_what_fits_the_model_passes() -> None:
@@ -227,3 +231,56 @@ def test_a_snapshot_cannot_bring_in_an_id_that_could_not_be_opened(session_id: s
     with pytest.raises(SnapshotCorrupt):
         imported(rig, sealed(header_json(session_id=session_id)), session_id="")
     assert len(rig.scheduler.sessions) == 0
+
+
+MEMORY = struct.pack("<6f", *range(6))
+REMEMBERED = Checkpoint(replace(HEADER, memory_bytes=len(MEMORY)), CARRY, MEMORY)
+
+
+@given(carry=st.binary(max_size=100), memory=st.binary(max_size=100))
+def test_a_record_with_a_memory_is_read_as_it_was_written(carry: bytes, memory: bytes) -> None:
+    header = replace(HEADER, carry_bytes=len(carry), memory_bytes=len(memory))
+    checkpoint = Checkpoint(header, carry, memory)
+    record = encode(checkpoint)
+    assert decode(record) == checkpoint
+    assert record[4] == (MEMORY_FORMAT_VERSION if memory else FORMAT_VERSION)
+
+
+def test_every_truncated_or_altered_record_with_a_memory_is_refused() -> None:
+    record = encode(REMEMBERED)
+    for position in range(len(record)):
+        altered = bytearray(record)
+        altered[position] ^= 16
+        for damaged in (record[:position], bytes(altered)):
+            with pytest.raises(REFUSALS):
+                decode(damaged)
+
+
+@pytest.mark.parametrize(
+    ("version", "changes"),
+    [
+        (FORMAT_VERSION, {"memory_bytes": 0}),
+        (MEMORY_FORMAT_VERSION, {}),
+        (MEMORY_FORMAT_VERSION, {"memory_bytes": 4}),
+        (MEMORY_FORMAT_VERSION, {"memory_bytes": -24, "carry_bytes": 56}),
+        (MEMORY_FORMAT_VERSION, {"memory_bytes": 24.0}),
+    ],
+    ids=["known too early", "missing", "of another size", "below 0", "a fraction"],
+)
+def test_a_wrong_memory_in_a_header_is_refused(version: int, changes: dict[str, Any]) -> None:
+    with pytest.raises(SnapshotCorrupt):
+        decode(sealed(header_json(**changes), CARRY, version))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_memory_that_is_not_finite_is_corrupt(value: str) -> None:
+    memory = MEMORY[:-4] + struct.pack("<f", float(value))
+    model = replace(FEATURES, memory_row_size=3, memory_rows_max=5)
+    check_fits(REMEMBERED, model)
+    with pytest.raises(SnapshotCorrupt):
+        check_fits(replace(REMEMBERED, memory=memory), model)
+
+
+def test_a_memory_of_a_model_without_attention_is_incompatible() -> None:
+    with pytest.raises(SnapshotIncompatible):
+        check_fits(REMEMBERED, FEATURES)

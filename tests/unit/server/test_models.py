@@ -7,7 +7,7 @@ import pytest
 from conveyor_server.core import ModelInfo, ModelKey
 from conveyor_server.errors import ModelNotFound, ModelNotStreamable
 from conveyor_server.scheduler.models import ModelTable
-from tests.support.models import FEATURES
+from tests.support.models import BOTHWAYS, FEATURES
 from tests.support.rig import Rig
 
 
@@ -78,10 +78,12 @@ def test_a_version_that_nobody_uses_is_dropped_at_once() -> None:
 
 
 def test_a_model_that_cannot_be_stepped_opens_no_session() -> None:
-    rig = Rig((replace(FEATURES, streamable=False),))
-    with pytest.raises(ModelNotStreamable):
-        rig.open()
-    assert rig.open("", ephemeral=True).view.session_id
+    rig = Rig((BOTHWAYS,))
+    for ephemeral in (False, True):
+        with pytest.raises(ModelNotStreamable) as caught:
+            rig.open("", ephemeral=ephemeral)
+        assert caught.value.metadata["layers"] == "1 (bidirectional), 2 (reverse)"
+    assert len(rig.scheduler.sessions) == 0
 
 
 def test_sessions_are_counted_by_version() -> None:

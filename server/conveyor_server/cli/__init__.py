@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import re
-import sys
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from conveyor_server.cli.importing import import_model
+from conveyor_server.cli.output import fail, input_text, layer_text
+
 if TYPE_CHECKING:
-    from conveyor_models import Bundle, Layer, ModelSpec
+    from conveyor_models import Bundle
     from conveyor_server.config import Config
 
 SERVER_EXTRA: Final = frozenset(
@@ -40,7 +42,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-models_app = typer.Typer(help="Looks at model bundles.", no_args_is_help=True)
+models_app = typer.Typer(help="Looks at model bundles and makes them.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 
 ConfigFile = Annotated[
@@ -162,13 +164,16 @@ def show_model(
             version = None if named[2] is None else int(named[2])
             found = _find(_load(config, models, {}).models.folder, named[1], version)
     except BundleError as error:
-        _fail(str(error))
+        fail(str(error))
     typer.echo(found.spec.to_toml().rstrip())
     typer.echo(f"\n# digest {found.digest}")
     typer.echo(
         f"# {found.spec.weight_values:,} parameters,"
         f" {4 * found.spec.carry_values:,} bytes of carry for each session"
     )
+
+
+models_app.command("import")(import_model)
 
 
 def main() -> None:
@@ -179,7 +184,7 @@ def main() -> None:
         missing = (error.name or "").partition(".")[0]
         if missing not in SERVER_EXTRA:
             raise
-        _fail(f"the server needs `pip install 'conveyor[server]'`: {missing} is not installed")
+        fail(f"the server needs `pip install 'conveyor[server]'`: {missing} is not installed")
 
 
 def _load(config: Path | None, models: Path | None, flags: dict[str, str]) -> Config:
@@ -190,7 +195,7 @@ def _load(config: Path | None, models: Path | None, flags: dict[str, str]) -> Co
     try:
         return load_config(config, flags)
     except ConfigError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _find(repository: Path, name: str, version: int | None) -> Bundle:
@@ -207,7 +212,7 @@ def _find(repository: Path, name: str, version: int | None) -> Bundle:
         problems = [f"no version {version} of {name}, only {versions}"]
     else:
         problems = [f"no sound bundle {name}", *(str(each) for each in listing.problems)]
-    return _fail("\n".join([f"{repository}: {problems[0]}", *problems[1:]]))
+    return fail("\n".join([f"{repository}: {problems[0]}", *problems[1:]]))
 
 
 def _run_server(config: Path | None, flags: dict[str, str]) -> None:
@@ -222,9 +227,9 @@ def _run_server(config: Path | None, flags: dict[str, str]) -> None:
         configure_logging(loaded.log.level)
         asyncio.run(App(loaded).run())
     except (ConfigError, StartError, DeviceError, AddressError) as error:
-        _fail(str(error))
+        fail(str(error))
     except ServerBroken as error:
-        _fail(str(error), status=1)
+        fail(str(error), status=1)
 
 
 def _show_models(folder: Path) -> bool:
@@ -252,7 +257,7 @@ def _show_models(folder: Path) -> bool:
     try:
         listing = scan(folder)
     except BundleError as error:
-        _fail(str(error))
+        fail(str(error))
     problems += [str(problem) for problem in listing.problems]
     for found in listing.bundles:
         try:
@@ -265,9 +270,9 @@ def _show_models(folder: Path) -> bool:
         table.add_row(
             spec.name,
             str(spec.version),
-            _input_text(spec),
+            input_text(spec),
             f"{spec.output_size:,}",
-            "\n".join(_layer_text(layer) for layer in spec.layers),
+            "\n".join(layer_text(layer) for layer in spec.layers),
             f"{spec.weight_values:,}",
             bundle.digest[:DIGEST_CHARS_SHOWN],
         )
@@ -280,32 +285,11 @@ def _show_models(folder: Path) -> bool:
     return bool(bundles) and not problems
 
 
-def _input_text(spec: ModelSpec) -> str:
-    return f"{spec.input.size:,} {spec.input.kind}"
-
-
-def _layer_text(layer: Layer) -> str:
-    """As in "lstm 64 -> 24": its cells, and what it projects them to; then its options."""
-    projected = f" -> {layer.projection_size}" if layer.projection_size else ""
-    options = "".join(f", {key} {value}" for key, value in layer.options.items())
-    return f"{layer.cell} {layer.size}{projected}{options}"
-
-
 def _flags(settings: list[str] | None) -> dict[str, str]:
     flags: dict[str, str] = {}
     for setting in settings or []:
         path, equals, value = setting.partition("=")
         if not equals:
-            _fail(f"--set {setting}: not of the form SECTION.KEY=VALUE")
+            fail(f"--set {setting}: not of the form SECTION.KEY=VALUE")
         flags[path] = value
     return flags
-
-
-def _fail(message: str, status: int = 2) -> NoReturn:
-    for line in message.splitlines():
-        typer.echo(f"conveyor-server: {line}", err=True)
-    sys.exit(status)
-
-
-if __name__ == "__main__":
-    main()

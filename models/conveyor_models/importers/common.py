@@ -1,0 +1,290 @@
+"""What the importers share: the model they arrive at, and the ways to rearrange weights.
+
+Every importer turns a file into an `ImportedModel`, which says itself as model.toml and as the
+tensors of the bundle. What cannot be carried over exactly is refused by `refused`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from conveyor_models.errors import (
+    ImporterMissingError,
+    ImportFileError,
+    SpecError,
+    UnsupportedModuleError,
+)
+from conveyor_models.files import read_inside
+from conveyor_models.layers import REVERSE
+from conveyor_models.spec import LAYERS_MAX, WEIGHT_VALUES_MAX, ModelSpec
+
+FILE_BYTES_MAX: Final = 4 * WEIGHT_VALUES_MAX + 64 * 1024 * 1024
+"""Of any file that is read: the most weights a model may have, and room for the rest."""
+NAMES_SHOWN_MAX: Final = 4
+_EXACT: Final = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def refused(key: str, why: str) -> UnsupportedModuleError:
+    """The error for what cannot be carried over.
+
+    Args:
+        key: the name, in the file, of the node, layer or tensor.
+        why: what it has that a bundle has not.
+    """
+    key = key[:200]
+    return UnsupportedModuleError(f"{key}: {why}", key=key)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names, and how many more."""
+    shown = ", ".join(name[:80] for name in names[:NAMES_SHOWN_MAX])
+    more = len(names) - NAMES_SHOWN_MAX
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def read_file(path: Path, bytes_max: int = FILE_BYTES_MAX) -> bytes:
+    """The content of the file that is imported.
+
+    Raises:
+        BundleFileError: it is missing, not a regular file, or too large.
+    """
+    folder = path.resolve().parent
+    return read_inside(folder, path.resolve().name, bytes_max)
+
+
+def reader_module(name: str) -> Any:
+    """A package of the extra `importers`, loaded when it is needed.
+
+    Raises:
+        ImporterMissingError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        raise ImporterMissingError(
+            f"{package} is not installed: `pip install 'conveyor[importers]'`", key=package
+        ) from error
+
+
+# --- Weights -----------------------------------------------------------------------------------
+
+
+def exact_float32(name: str, tensor: Tensor) -> Tensor:
+    """The same values as float32, in memory of their own.
+
+    Raises:
+        UnsupportedModuleError: it is not made of floats, or float32 cannot hold one of them.
+    """
+    plain = not tensor.is_quantized and tensor.layout == torch.strided
+    if not plain or tensor.dtype not in (*_EXACT, torch.float64):
+        kind = tensor.dtype if plain or tensor.is_quantized else tensor.layout
+        raise refused(name, f"is of type {kind}, expected floats")
+    if tensor.is_meta or tensor.numel() > WEIGHT_VALUES_MAX:
+        raise refused(name, f"{tensor.numel()} values, expected at most {WEIGHT_VALUES_MAX}")
+    single = tensor.detach().cpu().to(torch.float32, copy=True).contiguous()
+    if tensor.dtype == torch.float64 and not torch.equal(single.double(), tensor.detach().cpu()):
+        raise refused(
+            name, "is float64 and holds values that float32 does not; convert the model first"
+        )
+    return single
+
+
+def tensor_of(name: str, array: np.ndarray[Any, Any]) -> Tensor:
+    """`exact_float32` of a numpy array.
+
+    Raises:
+        UnsupportedModuleError: it is not made of floats, or float32 cannot hold one of them.
+    """
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise refused(name, f"is of type {array.dtype}, expected floats")
+    native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=True)
+    return exact_float32(name, torch.from_numpy(native))  # pyright: ignore[reportUnknownMemberType]
+
+
+def blocks(tensor: Tensor, gates: str) -> dict[str, Tensor]:
+    """The rows of each gate.
+
+    Args:
+        tensor: as many blocks of rows as there are gates.
+        gates: their letters, in the order of the file.
+    """
+    return dict(zip(gates, tensor.chunk(len(gates)), strict=True))
+
+
+def joined(parts: Mapping[str, Tensor], gates: str) -> Tensor:
+    """The blocks one below the other, in the order of `gates`."""
+    return torch.cat([parts[gate] for gate in gates])
+
+
+def lstm_tensors(
+    input_weight: Tensor, recurrent_weight: Tensor, bias: Tensor, gates: str
+) -> dict[str, Tensor]:
+    """The bundle's tensors of an LSTM whose rows have the order `gates`, of the letters ifgo."""
+    given = {"weight_input": input_weight, "weight_recurrent": recurrent_weight, "bias": bias}
+    return {name: joined(blocks(tensor, gates), "ifgo") for name, tensor in given.items()}
+
+
+def gru_tensors(
+    weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor], gates: str, reset: str
+) -> dict[str, Tensor]:
+    """The bundle's tensors of a GRU.
+
+    Args:
+        weights: of the input and of h.
+        biases: beside either.
+        gates: the order of their rows, of the letters rzn.
+        reset: as `GruLayer.reset`; with "before" the two biases of n are one.
+    """
+    of_input, of_h = (blocks(each, gates) for each in biases)
+    summed = {gate: of_input[gate] + of_h[gate] for gate in gates}
+    if reset == "after":
+        summed["n"] = of_input["n"]
+    tensors = {
+        "weight_input": joined(blocks(weights[0], gates), "rzn"),
+        "weight_recurrent": joined(blocks(weights[1], gates), "rzn"),
+        "bias": joined(summed, "rzn"),
+    }
+    return tensors | ({"bias_recurrent": of_h["n"].clone()} if reset == "after" else {})
+
+
+# --- The model ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImportedLayer:
+    """One recurrent layer."""
+
+    name: str
+    """What the file calls it."""
+    table: dict[str, Any]
+    """Its `[[layers]]` of model.toml."""
+    tensors: dict[str, Tensor]
+    """Under their names within the layer, those that run from the end behind `reverse.`."""
+
+    @property
+    def input_size(self) -> int:
+        """What it reads per step."""
+        return self.tensors["weight_input"].shape[1]
+
+    @property
+    def output_size(self) -> int:
+        """What the next layer reads."""
+        both = 2 if self.table.get("direction") == "bidirectional" else 1
+        return both * self.tensors["weight_recurrent"].shape[1]
+
+
+def two_ways(forward: ImportedLayer, reverse: ImportedLayer, name: str) -> ImportedLayer:
+    """A bidirectional layer from one for each direction, whose `direction` does not count.
+
+    Raises:
+        UnsupportedModuleError: the two differ in more than their weights.
+    """
+    tables = [
+        {key: value for key, value in layer.table.items() if key != "direction"}
+        for layer in (forward, reverse)
+    ]
+    shapes = [
+        {key: tuple(tensor.shape) for key, tensor in layer.tensors.items()}
+        for layer in (forward, reverse)
+    ]
+    if tables[0] != tables[1] or shapes[0] != shapes[1]:
+        raise refused(name, "its two directions differ in more than their weights")
+    backwards = {f"{REVERSE}{key}": tensor for key, tensor in reverse.tensors.items()}
+    table = tables[0] | {"direction": "bidirectional"}
+    return ImportedLayer(name, table, forward.tensors | backwards)
+
+
+@dataclass(slots=True, eq=False)
+class ImportedModel:
+    """What a file was understood to be."""
+
+    layers: list[ImportedLayer] = field(default_factory=list[ImportedLayer])
+    embedding: Tensor | None = None
+    """[V, E]"""
+    head: Tensor | None = None
+    """[O, top]"""
+    head_bias: Tensor | None = None
+    activation: str = "none"
+    notes: list[str] = field(default_factory=list[str])
+    """What somebody who imports it should know."""
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors of the bundle."""
+        found = {
+            f"layers.{number}.{name}": tensor
+            for number, layer in enumerate(self.layers)
+            for name, tensor in layer.tensors.items()
+        }
+        others = {
+            "embedding.weight": self.embedding,
+            "head.weight": self.head,
+            "head.bias": self.head_bias,
+        }
+        found |= {name: tensor for name, tensor in others.items() if tensor is not None}
+        return {name: tensor.contiguous() for name, tensor in found.items()}
+
+    def spec(self, name: str, version: int = 1, description: str = "") -> ModelSpec:
+        """The model.toml.
+
+        Raises:
+            SpecError: the name is not one, or a size is beyond what a bundle may have.
+            UnsupportedModuleError: its parts do not fit each other.
+        """
+        self._check_sizes()
+        tables: dict[str, Any] = {"schema": 1, "name": name, "version": version}
+        if description:
+            tables["description"] = description
+        if self.embedding is None:
+            tables["input"] = {"kind": "features", "size": self.layers[0].input_size}
+        else:
+            tables["input"] = {"kind": "tokens", "size": self.embedding.shape[0]}
+            tables["embedding"] = {"size": self.embedding.shape[1]}
+        tables["layers"] = [layer.table for layer in self.layers]
+        if self.head is not None:
+            tables["head"] = {"size": self.head.shape[0], "bias": self.head_bias is not None}
+        if self.activation != "none":
+            tables["output"] = {"activation": self.activation}
+        try:
+            return ModelSpec.model_validate(tables)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise SpecError(f"{key}: {first['msg']}", key=key) from error
+
+    def _check_sizes(self) -> None:
+        if not self.layers or len(self.layers) > LAYERS_MAX:
+            raise refused("layers", f"{len(self.layers)} of them, expected 1 to {LAYERS_MAX}")
+        size = self.layers[0].input_size if self.embedding is None else self.embedding.shape[1]
+        for layer in self.layers:
+            if layer.input_size != size:
+                raise refused(
+                    layer.name, f"reads {layer.input_size} numbers, and what is below gives {size}"
+                )
+            size = layer.output_size
+        if self.head is not None and self.head.shape[1] != size:
+            raise refused("head", f"reads {self.head.shape[1]} numbers, and the stack gives {size}")
+
+
+def checked_values(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuses tensors that are more than a model may have, before they are looked at.
+
+    Raises:
+        ImportFileError: they are.
+    """
+    total = sum(math.prod(shape) for shape in shapes.values())
+    if total > WEIGHT_VALUES_MAX:
+        raise ImportFileError(
+            f"{total} numbers in its tensors, expected at most {WEIGHT_VALUES_MAX}", path=path
+        )

@@ -1,0 +1,5 @@
+"""`python -m conveyor_server.cli`."""
+
+from conveyor_server.cli import main
+
+main()
