@@ -55,7 +55,7 @@ async def test_streams_are_told_and_what_runs_is_answered(
         assert await asyncio.to_thread(server.wait) == 0
         assert time.monotonic() - began < GRACE_SECONDS / 2
     messages = [line["message"] for line in server.log()]
-    assert messages[-2:] == ["draining", "stopped"]
+    assert messages[-4:] == ["draining", "session ended", "session ended", "stopped"]
 
 
 async def test_new_connections_and_calls_are_refused(start_server: StartServer, rows: Rows) -> None:

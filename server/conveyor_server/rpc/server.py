@@ -56,6 +56,7 @@ class GrpcServer:
             services.metrics,
             services.clock,
             config.limits.metadata_bytes_max,
+            services.tracing,
         )
         self._server = aio.server(
             interceptors=[interceptor],
