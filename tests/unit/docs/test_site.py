@@ -73,6 +73,7 @@ def test_the_contract_is_described_in_full(site: Path) -> None:
         for enum in file.enum_types_by_name.values():
             for value in enum.values:
                 assert f"<code>{value.name}</code>" in text
+        assert "<td></td>" not in text, "a field or a value without its comment"
     session = (site / "reference/conveyor.v1.session.html").read_text()
     assert "the same number with another payload is ERROR_REASON_STEP_CONFLICT" in session
     assert 'href="#OpenSessionRequest"' in session
