@@ -17,10 +17,10 @@ DEV := $(VENV)/.conveyor-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-unit check format serve bench proto wheel clean
+.PHONY: help demo test test-unit check compose-check format serve bench proto docs wheel clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(RUN) ## start a server, stream real input through real models, show what comes out
 	$(BIN)/python -m bench.demo
@@ -31,13 +31,19 @@ test: $(DEV) ## run the whole test suite
 test-unit: $(DEV) ## run the tests that start no server
 	$(BIN)/python -m pytest tests/unit tests/simulation tests/fidelity $(PYTEST_ARGS)
 
-check: $(DEV) ## lint, format, types, import contracts, contract lint, generated code
+check: $(DEV) ## lint, format, types, import contracts, contract, generated code, image, rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/proto.py lint
 	$(BIN)/python scripts/proto.py check
+	$(BIN)/python scripts/compose.py lint
+	$(BIN)/python scripts/dashboards.py check
+	$(BIN)/python scripts/rules.py check
+
+compose-check: $(DEV) ## build and start the containers, stream through them (needs a Docker engine)
+	$(BIN)/python scripts/compose.py check
 
 format: $(DEV) ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .
@@ -52,11 +58,14 @@ bench: $(DEV) ## measure, each line beside its comparator
 proto: $(DEV) ## regenerate the Python code of the contract
 	$(BIN)/python scripts/proto.py generate
 
+docs: $(DEV) ## build the documentation as a site in site/, warnings being errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 wheel: $(DEV) ## build dist/conveyor-*.whl
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean: ## remove everything make created, the environment included
-	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # The backend comes from constraints.txt too, hence no build isolation.
 $(RUN): pyproject.toml constraints.txt | $(BIN)/python

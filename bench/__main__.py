@@ -14,7 +14,7 @@ from bench.model import write_model
 from bench.processes import conveyor_server, null_server
 from bench.result import Line, middle
 
-SERVED = ("streams", "chunks", "many", "unary")
+SERVED = ("streams", "chunks", "many", "unary", "inference")
 GROUPS = (*SERVED, "engine", "families")
 
 

@@ -26,7 +26,7 @@ OPTIONS: Final = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 _SERVICE: Final = "/conveyor.v1.SessionService/"
-_FINISH_SECONDS_MAX: Final = 30.0
+FINISH_SECONDS_MAX: Final = 30.0
 
 
 class LoadError(Exception):
@@ -89,7 +89,7 @@ class StreamFleet:
 
     async def run(self, window: Window) -> None:
         """See ``Fleet.run``."""
-        await asyncio.gather(*(_loop(s.exchange, s.frame_steps, window) for s in self._streams))
+        await asyncio.gather(*(loop(s.exchange, s.frame_steps, window) for s in self._streams))
 
     async def close(self) -> None:
         """See ``Fleet.close``."""
@@ -118,7 +118,7 @@ class UnaryFleet:
 
     async def run(self, window: Window) -> None:
         """See ``Fleet.run``."""
-        await asyncio.gather(*(_loop(self._exchange(r), 1, window) for r in self._requests))
+        await asyncio.gather(*(loop(self._exchange(r), 1, window) for r in self._requests))
 
     async def close(self) -> None:
         """See ``Fleet.close``."""
@@ -171,7 +171,7 @@ class _Stream:
             request = session_pb2.StreamStepsRequest(close=frame)
             await self._call.write(request.SerializeToString())
         await self._call.done_writing()
-        async with asyncio.timeout(_FINISH_SECONDS_MAX):
+        async with asyncio.timeout(FINISH_SECONDS_MAX):
             while await self._call.read() is not aio.EOF:
                 pass
 
@@ -209,7 +209,8 @@ def input_rows(count: int) -> bytes:
     return np.random.default_rng(1).standard_normal((count, SIZE), dtype=np.float32).tobytes()
 
 
-async def _loop(exchange: Callable[[], Awaitable[None]], steps: int, window: Window) -> None:
+async def loop(exchange: Callable[[], Awaitable[None]], steps: int, window: Window) -> None:
+    """Keeps one exchange under way until the window ends."""
     started = perf_counter()
     while started < window.end:
         await exchange()

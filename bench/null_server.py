@@ -1,4 +1,4 @@
-"""The comparator: our contract on our server stack, with nothing behind it.
+"""The comparator: our contracts on our server stack, with nothing behind them.
 
 It runs grpc.aio with the very options of the real server and answers each frame with a ready-made
 one of the size that the real server's answer has, so what it reaches is what the transport allows.
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from grpc import aio
 
+from bench.null_inference import NullInference
+from conveyor.oip import inference_pb2_grpc
 from conveyor.v1 import session_pb2, session_pb2_grpc
 from conveyor_models import load_bundle
 from conveyor_server.app import GIL_SWITCH_SECONDS
@@ -143,6 +145,8 @@ async def serve(ready_file: Path, bundle: Path | None) -> None:
     )
     sessions = _sessions(bundle)
     session_pb2_grpc.add_SessionServiceServicer_to_server(sessions, server)
+    inference = NullInference()  # pyright: ignore[reportAbstractUsage]
+    inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     partial = ready_file.with_name(ready_file.name + ".partial")

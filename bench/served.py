@@ -11,6 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Final
 
+from bench.inference import InferenceFleet
 from bench.load import Fleet, StreamFleet, UnaryFleet, Window
 from bench.processes import ServerProcess, total
 from bench.result import Line, Measured, Target
@@ -107,6 +108,12 @@ LINES: Final = (
         "64 unary Step calls in flight",
         "unary",
         _against_null(lambda target: UnaryFleet(target, sessions=64)),
+    ),
+    ServedLine(
+        "64 inference streams, 1 step a message",
+        "inference",
+        _against_null(lambda target: InferenceFleet(target, streams=64)),
+        (Target("steps/s", "at least", 0.8),),
     ),
 )
 

@@ -13,6 +13,7 @@ import numpy as np
 from conveyor_server.config import LimitsConfig
 from conveyor_server.core import (
     ELEMENT_BYTES,
+    NEXT_STEP,
     SESSION_ID,
     STEP_MAX,
     Chunk,
@@ -24,6 +25,7 @@ from conveyor_server.core import (
     OpenRequest,
     OutputMode,
     Reply,
+    SessionKey,
     TraceMode,
 )
 from conveyor_server.errors import (
@@ -103,6 +105,39 @@ class Admission:
         check_size(entry.binding.model, rows, entry.length)
         check_values(entry.binding.model, rows)
         return _chunk(entry, rows, now, deadline)
+
+    def following(
+        self,
+        model: ModelInfo,
+        key: SessionKey,
+        length: int,
+        rows: bytes,
+        reply: Reply,
+        now: float,
+        deadline: float | None,
+    ) -> Chunk:
+        """Checks a chunk that has no number and runs under any claim: it is whatever comes next.
+
+        Raises:
+            EmptyChunk, ChunkTooLong, InvalidShape, NonFiniteInput, TokenOutOfRange.
+        """
+        _check_length(length, min(model.chunk_steps_max, self.limits.chunk_steps_max))
+        self._check_output(model, length, _ALL)
+        check_size(model, rows, length)
+        check_values(model, rows)
+        return Chunk(
+            principal=key[0],
+            session_id=key[1],
+            model=model,
+            epoch=0,
+            first_step=NEXT_STEP,
+            length=length,
+            rows=rows,
+            output=_ALL,
+            reply=reply,
+            arrived_seconds=now,
+            deadline_seconds=deadline,
+        )
 
     def message(self, *payloads: bytes) -> None:
         """Checks the size of a message by the payloads that make nearly all of it.

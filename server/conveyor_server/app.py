@@ -9,15 +9,17 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
+from importlib import metadata
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import start_http_server
 
 from conveyor_server.admission import Admission
 from conveyor_server.clock import SystemClock
-from conveyor_server.config import Config
+from conveyor_server.config import Config, TracingConfig
 from conveyor_server.core import SessionState, Tier
 from conveyor_server.engine.engine import TorchEngine, choose_device
 from conveyor_server.metrics import Labels, Metrics
@@ -28,13 +30,25 @@ from conveyor_server.scheduler.driver import Driver
 from conveyor_server.scheduler.models import ModelTable
 from conveyor_server.scheduler.operations import Operations
 from conveyor_server.scheduler.scheduler import Scheduler
+from conveyor_server.scheduler.traced import TracedDriver, TracedScheduler
 from conveyor_server.store.memory import MemoryStore
+
+if TYPE_CHECKING:  # it needs an extra
+    from conveyor_server.rpc.tracing import Tracing
 
 GIL_SWITCH_SECONDS: Final = 0.0005
 """How long one thread may keep another waiting for the interpreter.
 
 The default of 5 ms would be felt between the event loop and the engine's thread.
 """
+SERVER_LIMITS: Final = (
+    "sessions_max",
+    "streams_max",
+    "inbox_chunks_max",
+    "host_state_bytes_max",
+    "held_results_total_bytes_max",
+)
+"""Settings of `limits` that a gauge of the whole server can be held against."""
 _log = logging.getLogger(__name__)
 
 
@@ -54,8 +68,10 @@ class App:
 
         Raises:
             DeviceError: The configured device is not there.
+            StartError: Calls are to be traced and the extra for it is not installed.
         """
         self._config = config
+        self._tracing = _tracing(config.tracing)
         self._clock = SystemClock()
         self._metrics = Metrics()
         self._device = choose_device(config.engine.device)
@@ -67,8 +83,13 @@ class App:
         )
         self._models = ModelTable(dropped=self._engine.remove)
         self._store = MemoryStore()
-        self._driver = Driver(config.engine.inline_multiply_adds_max)
-        self._scheduler = Scheduler(
+        inline_max, make_scheduler = config.engine.inline_multiply_adds_max, Scheduler
+        if self._tracing is None:
+            self._driver = Driver(inline_max)
+        else:
+            self._driver = TracedDriver(inline_max, self._tracing)
+            make_scheduler = partial(TracedScheduler, self._tracing)
+        self._scheduler = make_scheduler(
             engine=self._engine,
             store=self._store,
             models=self._models,
@@ -103,6 +124,7 @@ class App:
                 metrics=self._metrics,
                 clock=self._clock,
                 device=str(self._device),
+                tracing=self._tracing,
             )
         )
         self._driver.start(self._scheduler, self._operations, broken=self._break)
@@ -139,6 +161,10 @@ class App:
         await server.drain()
         await server.stop()
         self._driver.stop()
+        for session in self._scheduler.sessions:  # they were in memory only
+            self._scheduler.log_end(session, "stopped")
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         _log.info("stopped")
 
     # --- metrics and addresses -------------------------------------------------------------------
@@ -216,13 +242,26 @@ class App:
             (),
             lambda: [((), inbox.chunks)],
         )
-        if self._device.type == "cuda":
-            gauge(
-                "conveyor_device_memory_bytes",
-                "Memory of the device.",
-                ("state",),
-                self._engine.device_memory,
-            )
+        gauge(
+            "conveyor_device_memory_bytes",
+            "Memory of the CUDA device.",
+            ("state",),
+            self._engine.device_memory if self._device.type == "cuda" else list,
+        )
+        limits = self._config.limits
+        info = (metadata.version("conveyor"), str(self._device))
+        gauge(
+            "conveyor_limit",
+            "Limits of the whole server.",
+            ("setting",),
+            lambda: [((name,), getattr(limits, name)) for name in SERVER_LIMITS],
+        )
+        gauge(
+            "conveyor_info",
+            "Always 1; the labels say what runs.",
+            ("version", "device"),
+            lambda: [(info, 1)],
+        )
 
     def _read_sessions(self) -> Iterable[tuple[Labels, float]]:
         counts = Counter(session.state for session in self._scheduler.sessions)
@@ -251,6 +290,19 @@ class App:
         memories = self._scheduler.memories
         host = self._store.size_bytes + memories.size_bytes
         return [(("device",), device + memories.device_bytes), (("host",), host)]
+
+
+def _tracing(config: TracingConfig) -> "Tracing | None":
+    """Nothing of OpenTelemetry is imported unless calls are to be traced."""
+    if not config.endpoint:
+        return None
+    try:
+        from conveyor_server.rpc.tracing import Tracing  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise StartError(
+            f"tracing.endpoint needs `pip install 'conveyor[otel]'`: {error.name} is not installed"
+        ) from error
+    return Tracing(config)
 
 
 def _partial(file: Path) -> Path:

@@ -133,7 +133,7 @@ class LimitsConfig(_Section):
     stream_sessions_max: int = Field(default=4_096, ge=1)
     """Sessions open on one stream."""
     streams_max: int = Field(default=4_096, ge=1)
-    """StreamSteps calls at once."""
+    """StreamSteps and ModelStreamInfer calls at once."""
     concurrent_calls_max: int = Field(default=16_384, ge=1)
     """Calls of all kinds at once; beyond it the transport itself refuses."""
     memory_rows_max: int = Field(default=4_096, ge=1)
@@ -237,6 +237,26 @@ class LogConfig(_Section):
     """Lines below it are not written."""
 
 
+class TracingConfig(_Section):
+    """OpenTelemetry spans; they need `pip install 'conveyor[otel]'`."""
+
+    endpoint: str = Field(default="", pattern=r"^(https?://[^/\s]+)?$")
+    """Where spans are sent: an OTLP collector that speaks gRPC, as in http://127.0.0.1:4317.
+
+    https speaks TLS. Empty: nothing is traced.
+    """
+    sample_ratio: float = Field(default=1.0, ge=0, le=1)
+    """The share of calls that is traced of those whose caller has not decided."""
+    service_name: str = Field(default="conveyor", min_length=1, max_length=255)
+    """What the server is called in traces."""
+    events_max: int = Field(default=128, ge=1, le=65_536)
+    """Waits and ticks kept of one call; of a longer one the last."""
+    spans_queued_max: int = Field(default=2_048, ge=1, le=1_000_000)
+    """Spans that wait to be sent; beyond it the oldest are dropped."""
+    export_seconds_max: float = Field(default=5.0, gt=0)
+    """How long sending some spans may take, and at the stop all that are left."""
+
+
 class Config(BaseSettings):
     """All settings of one server process."""
 
@@ -255,6 +275,7 @@ class Config(BaseSettings):
     auth: AuthConfig = AuthConfig()
     shutdown: ShutdownConfig = ShutdownConfig()
     log: LogConfig = LogConfig()
+    tracing: TracingConfig = TracingConfig()
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:

@@ -19,6 +19,8 @@ SESSION_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 """What a session id looks like, to be matched in full."""
 STEP_MAX: Final = 2**62
 """No step has a higher number."""
+NEXT_STEP: Final = 0
+"""The first step of a chunk from a protocol without numbers: whichever is next at its turn."""
 SUMMARY_VALUES: Final = 5
 """Numbers that a gate is summarised in."""
 SUMMARY_BYTES: Final = 2 + SUMMARY_VALUES * (1 + ELEMENT_BYTES)
@@ -271,7 +273,8 @@ class Chunk:
     """K >= 1 consecutive steps of one session, sent together.
 
     Not frozen, unlike the other nouns: it is made once for every message, and a frozen dataclass
-    takes three times as long to make. Only `done` is ever written.
+    takes three times as long to make. Only `done`, `begun_seconds` and a `first_step` of
+    `NEXT_STEP` are ever written.
     """
 
     session_id: str
@@ -292,6 +295,8 @@ class Chunk:
     """The stream-local name, for the reply."""
     done: int = 0
     """Steps applied so far."""
+    begun_seconds: float = 0.0
+    """When its first tick began; 0 before, and if it needed none."""
     trace: TraceMode = TraceMode.NONE
     trace_bytes: int = 0
     """What the trace of all steps takes in messages."""

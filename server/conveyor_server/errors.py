@@ -426,3 +426,15 @@ class Internal(ConveyorError):
     def __init__(self) -> None:
         """Always the same message."""
         super().__init__("the server made a mistake; its log has the details")
+
+
+def reasons() -> list[str]:
+    """Every reason there is, sorted."""
+    found: set[str] = set()
+    kinds: list[type[ConveyorError]] = [ConveyorError]
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        if "reason" in vars(kind):
+            found.add(kind.reason)
+    return sorted(found)

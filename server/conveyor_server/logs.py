@@ -30,11 +30,24 @@ class JsonFormatter(logging.Formatter):
         line |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
         if record.exc_info and record.exc_info[1] is not None:
             line["exception"] = "".join(traceback.format_exception(record.exc_info[1]))
-        return json.dumps(line, default=str)
+        try:
+            return json.dumps(line, default=str, allow_nan=False)
+        except ValueError:  # infinite or NaN, for which JSON has no word
+            return json.dumps({key: _spelt(value) for key, value in line.items()}, default=str)
+
+
+def _spelt(value: object) -> object:
+    """A number that JSON has no word for as text, and so whatever holds one."""
+    try:
+        json.dumps(value, default=str, allow_nan=False)
+    except ValueError:
+        return str(value)
+    return value
 
 
 def configure_logging(level: str) -> None:
-    """Sends everything from `level` up to standard error."""
+    """Sends everything from `level` up to standard error, Python's own warnings included."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)

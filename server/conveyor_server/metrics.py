@@ -14,6 +14,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from conveyor_server.errors import reasons
+
 SECONDS_BUCKETS: Final = (
     0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05,
     0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
@@ -115,6 +117,9 @@ class Metrics(Collector):
         self.rejected = Counter(
             "conveyor_rejected", "Calls, frames and chunks refused.", ("reason",)
         )
+        # From 0 on: to Prometheus a series that begins with 1 has not grown.
+        for reason in reasons():
+            self.rejected.add(0, reason)
 
     def _declare_steps(self) -> None:
         def seconds(name: str, help_text: str) -> Histogram:
@@ -143,6 +148,8 @@ class Metrics(Collector):
     def _declare_sessions(self) -> None:
         model = ("model",)
         self.sessions_ended = Counter("conveyor_sessions_ended", "Sessions ended.", ("reason",))
+        for reason in ("closed", "evicted", "expired"):
+            self.sessions_ended.add(0, reason)
         self.resumes = Counter("conveyor_resumes", "Opens of existing sessions.", ("outcome",))
         self.page_ins = Counter("conveyor_page_ins", "Carries brought back to a device.", model)
         self.page_outs = Counter("conveyor_page_outs", "Carries moved off a device.", model)

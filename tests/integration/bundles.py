@@ -29,6 +29,14 @@ WORDS: Final[dict[str, Any]] = {
     "output": {"activation": "log_softmax"},
 }
 """Tokens in, log-probabilities of the next one out."""
+SPOKEN: Final[dict[str, Any]] = {
+    **WORDS,
+    "input": {
+        **WORDS["input"],
+        "labels": ["null", "eins", "zwei", "drei", "vier", "funf", "sechs"],
+    },
+}
+"""The same with a label for each token."""
 LOOP: Final[dict[str, Any]] = {
     "input": {"kind": "features", "size": 2},
     "layers": [{"cell": "lstm", "size": 6}],
@@ -37,6 +45,8 @@ LOOP: Final[dict[str, Any]] = {
 """Features whose output can be the next input."""
 SHORT: Final[dict[str, Any]] = {**TINY, "limits": {"chunk_steps_max": 8}}
 """Takes short chunks only."""
+SINGLE: Final[dict[str, Any]] = {**TINY, "limits": {"chunk_steps_max": 1}}
+"""Takes one step at a time."""
 HEAVY: Final[dict[str, Any]] = {
     "input": {"kind": "features", "size": 8},
     "layers": [{"cell": "lstm", "size": 512}, {"cell": "lstm", "size": 512}],
@@ -54,13 +64,21 @@ EXPLOSIVE: Final[dict[str, Any]] = {
     "layers": [{"cell": "lstm", "size": 8, "projection": 1}],
 }
 """Its h overflows float32 after some inputs of 1000; an input of 0 leaves it at zero."""
+PLUS_ONE: Final[dict[str, Any]] = {
+    "input": {"kind": "features", "size": 1},
+    "layers": [{"cell": "rnn", "nonlinearity": "relu", "size": 4}],
+    "head": {"size": 1, "bias": False},
+}
+"""Puts out its input, plus 1 at the first step, exactly."""
 
 MODELS: Final[dict[str, dict[str, Any]]] = {
     "tiny": TINY,
     "deep": DEEP,
     "words": WORDS,
+    "spoken": SPOKEN,
     "loop": LOOP,
     "short": SHORT,
+    "single": SINGLE,
     "heavy": HEAVY,
     "broad": BROAD,
 }
@@ -98,7 +116,19 @@ def add_explosive(repository: Path) -> Bundle:
     return save_bundle(repository / "explosive", spec, weights)
 
 
+def add_plus_one(repository: Path) -> Bundle:
+    """Units: x and -x where positive, 1 once a step was taken, 1 where none was taken before."""
+    spec = make_spec("plus-one", PLUS_ONE)
+    weights = {key: torch.zeros(shape) for key, shape in spec.weight_shapes.items()}
+    weights["layers.0.weight_input"][:, 0] = torch.tensor([1.0, -1.0, 0.0, 0.0])
+    weights["layers.0.bias"][2:] = 1.0
+    weights["layers.0.weight_recurrent"][3, 2] = -1.0
+    weights["head.weight"][0] = torch.tensor([1.0, -1.0, 0.0, 1.0])
+    return save_bundle(repository / "plus-one", spec, weights)
+
+
 def add_all(repository: Path) -> dict[str, Bundle]:
     bundles = {name: add_model(repository, name, tables) for name, tables in MODELS.items()}
     bundles["explosive"] = add_explosive(repository)
+    bundles["plus-one"] = add_plus_one(repository)
     return bundles

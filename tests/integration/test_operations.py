@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,3 +191,37 @@ async def test_the_log_says_what_is_served_and_where(server: ServerProcess) -> N
     assert serving["address"] == server.address
     for line in lines:
         assert {"time", "level", "logger", "message"} <= set(line)
+
+
+async def test_the_log_has_one_line_for_each_session_that_ended(
+    wire: Wire, server: ServerProcess, rows: Rows
+) -> None:
+    nasty = "two\r\nlines\x1b[31m"
+    await wire.open("tiny", session_id="logged-end", labels={nasty: nasty})
+    await wire.step("logged-end", 1, rows(4))
+    await wire.close("logged-end")
+    lines = [line for line in server.log() if line.get("session") == "logged-end"]
+    assert [line["message"] for line in lines] == ["session ended"]
+    assert (lines[0]["reason"], lines[0]["model"], lines[0]["steps"]) == ("closed", "tiny", 4)
+    assert lines[0]["labels"] == {nasty: nasty}
+    (raw,) = [line for line in server.log_text().splitlines() if "logged-end" in line]
+    assert raw.isprintable()
+
+
+async def test_a_stop_ends_the_sessions_and_the_log_says_so(
+    repository: Path, tmp_path: Path, rows: Rows
+) -> None:
+    server = ServerProcess(tmp_path, repository, {"shutdown.grace_seconds": 1})
+    try:
+        async with Wire(server.address) as wire:
+            for name in ("first", "second"):
+                await wire.open("tiny", session_id=name)
+            await wire.step("second", 1, rows(3))
+        assert server.stop() == 0
+    finally:
+        server.kill()
+    ended = [line for line in server.log() if line["message"] == "session ended"]
+    assert {(line["session"], line["reason"], line["steps"]) for line in ended} == {
+        ("first", "stopped", 0),
+        ("second", "stopped", 3),
+    }

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ async def test_streams_are_told_and_what_runs_is_answered(
         assert await asyncio.to_thread(server.wait) == 0
         assert time.monotonic() - began < GRACE_SECONDS / 2
     messages = [line["message"] for line in server.log()]
-    assert messages[-2:] == ["draining", "stopped"]
+    assert messages[-4:] == ["draining", "session ended", "session ended", "stopped"]
 
 
 async def test_new_connections_and_calls_are_refused(start_server: StartServer, rows: Rows) -> None:
@@ -83,18 +84,24 @@ async def test_health_falls_before_the_server_goes(start_server: StartServer) ->
         assert await asyncio.to_thread(server.wait) == 0
 
 
-async def test_a_client_that_stays_is_cut_when_the_grace_is_over(
+async def test_clients_that_stay_are_cut_when_the_grace_is_over(
     start_server: StartServer, rows: Rows
 ) -> None:
     server = start_server({"shutdown.grace_seconds": 0.5})
-    async with Wire(server.address) as wire, wire.stream() as stream:
-        await stream.open("tiny")
+    async with AsyncExitStack() as stack:
+        wire = await stack.enter_async_context(Wire(server.address))
+        streams = [await stack.enter_async_context(wire.stream()) for _ in range(40)]
+        for stream in streams:
+            await stream.open("tiny")
         began = time.monotonic()
         server.signal(signal.SIGTERM)
-        await stream.next("drain")
+        for stream in streams:
+            await stream.next("drain")
         assert await asyncio.to_thread(server.wait) == 0
         assert time.monotonic() - began < 10
-        assert (await stream.call.code()).name in ("UNAVAILABLE", "CANCELLED")
+        for stream in streams:
+            assert (await stream.call.code()).name in ("UNAVAILABLE", "CANCELLED")
+    assert server.log()[-1]["message"] == "stopped"  # and nothing after it that is not JSON
 
 
 async def test_generations_and_predictions_under_way_end_well(

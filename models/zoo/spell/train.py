@@ -37,7 +37,7 @@ TURN = 0.2
 STRETCH = 0.15
 SHIFT = 0.15
 """By how much of half its edge an image is moved at random, at most."""
-STRENGTHS = (0.01, 0.1, 1.0, 3.0, 10.0)
+STRENGTHS = (0.1, 1.0, 10.0)
 """Inverse regularisations of the logistic regression, of which the best one is compared with."""
 
 SPEC = ModelSpec.model_validate(

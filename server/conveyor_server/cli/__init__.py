@@ -113,6 +113,27 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def doctor(
+    config: ConfigFile = None,
+    models: ModelsFolder = None,
+    settings: Settings = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Checks machine, installation, configuration, ports, device and models; says what to do.
+
+    Exit status 1 if a server would not start or not keep its promises, else 0.
+    """
+    from conveyor_server.doctor import examine
+    from conveyor_server.doctor.report import show
+
+    flags = _flags(settings)
+    if models is not None:
+        flags |= {"models.folder": str(models)}
+    if not show(examine(config, flags), as_json=as_json, say=typer.echo):
+        raise typer.Exit(1)
+
+
 @models_app.command("list")
 def list_models(models: ModelsFolder = None, config: ConfigFile = None) -> None:
     """Lists the bundles of a repository.

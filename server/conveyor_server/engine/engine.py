@@ -65,6 +65,11 @@ class TorchEngine:
         # Reduced-precision products would be faster and would not be float32.
         torch.backends.cuda.matmul.allow_tf32 = False
 
+    @property
+    def fastest_kernels(self) -> str:
+        """The name of those that are tried first on this machine."""
+        return self._families()[0].name
+
     def prepare(self, bundle: Bundle) -> Runner:
         """Packs a bundle; takes a while, and may be called from any thread.
 

@@ -10,7 +10,7 @@ import hmac
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import grpc
 from grpc import aio
@@ -20,12 +20,17 @@ from conveyor_server.errors import ConveyorError, Internal, MessageTooLarge, Una
 from conveyor_server.metrics import Metrics
 from conveyor_server.rpc.status import abort, code_of
 
+if TYPE_CHECKING:  # it needs an extra
+    from conveyor_server.rpc.tracing import Tracing
+
 ANONYMOUS: Final = "anonymous"
 UNKNOWN_METHOD: Final = "unknown"
 _BEARER: Final = "Bearer "
 STATUS_SECONDS_MAX: Final = 30.0
 """For a client to take the status of a call that was refused, behind what it has not read."""
-_OURS: Final = "conveyor."
+_OURS: Final = ("conveyor.", "inference.")
+_NOT_TRACED: Final = "grpc."
+"""Health and reflection are asked all day long."""
 _OPEN_TO_ALL: Final = "/grpc.health.v1.Health/"
 
 _principal: contextvars.ContextVar[str] = contextvars.ContextVar("principal", default=ANONYMOUS)
@@ -76,12 +81,14 @@ class CallInterceptor(aio.ServerInterceptor):
         metrics: Metrics,
         clock: Clock,
         metadata_bytes_max: int,
+        tracing: "Tracing | None" = None,
     ) -> None:
-        """Limits as in `config.LimitsConfig`."""
+        """Limits as in `config.LimitsConfig`; without `tracing` no call is traced."""
         self._authenticator = authenticator
         self._metrics = metrics
         self._clock = clock
         self._metadata_bytes_max = metadata_bytes_max
+        self._tracing = tracing
 
     async def intercept_service(
         self,
@@ -110,18 +117,22 @@ class CallInterceptor(aio.ServerInterceptor):
         _, service, name = method.split("/")
         labels = (kind, service, name)
         ours = service.startswith(_OURS)  # these raise, and never abort by themselves
+        tracing = None if service.startswith(_NOT_TRACED) else self._tracing
 
         async def call(request: Any, context: Any) -> Any:
             started = self._clock.monotonic()
             self._metrics.grpc_started.add(1, *labels)
+            span = tracing and tracing.begin(service, name, context.invocation_metadata() or ())
             if not ours:
                 context = _Watched(context)
 
-            def handled(code: grpc.StatusCode) -> None:
+            def handled(code: grpc.StatusCode, reason: str = "") -> None:
                 if kind.startswith("unary"):
                     self._metrics.grpc_received.add(1, *labels)
                 self._metrics.grpc_handled.add(1, *labels, code.name)
                 self._metrics.grpc_seconds.observe(self._clock.monotonic() - started, *labels)
+                if span is not None:
+                    span.end(code, reason)
 
             try:
                 self._admit(method, context)
@@ -143,7 +154,8 @@ class CallInterceptor(aio.ServerInterceptor):
                     self._metrics.grpc_sent.add(1, *labels)
                 return response
             self._metrics.rejected.add(1, refusal.reason)
-            handled(code_of(refusal))  # before: a client that reads nothing keeps its status away
+            # Before the end: a client that reads nothing keeps its status away.
+            handled(code_of(refusal), refusal.reason)
             return await _end(context, refusal)
 
         return call

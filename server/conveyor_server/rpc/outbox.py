@@ -9,8 +9,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from google.protobuf.message import Message
+
 from conveyor.v1 import session_pb2
 from conveyor_server.core import Piece
+from conveyor_server.errors import SlowReader
 from conveyor_server.metrics import Metrics
 from conveyor_server.rpc.service import Context
 from conveyor_server.rpc.traces import trace_message
@@ -31,6 +34,27 @@ MakeFrame = Callable[[], session_pb2.StreamStepsResponse]
 """A frame that is made when it is written: the scheduler puts nouns here and converts nothing."""
 
 
+async def first_of(outbox: "Outbox", seconds_max: float, *tasks: "asyncio.Task[None]") -> None:
+    """Returns when one of a stream's tasks ended.
+
+    Raises:
+        SlowReader: One and the same write took all of `seconds_max`.
+    """
+    while True:
+        written, blocked = outbox.frames_written, outbox.blocked
+        done, _ = await asyncio.wait(
+            tasks, timeout=seconds_max, return_when=asyncio.FIRST_COMPLETED
+        )
+        if done:
+            return
+        if blocked and outbox.blocked and outbox.frames_written == written:
+            raise SlowReader(
+                "the client does not read its results",
+                limit="limits.slow_reader_seconds_max",
+                maximum=seconds_max,
+            )
+
+
 class Outbox:
     """Frames and pieces in the order they came, filled by the scheduler.
 
@@ -43,9 +67,12 @@ class Outbox:
         size_bytes: What waits.
     """
 
-    def __init__(self, metrics: Metrics, frame_bytes_max: int) -> None:
+    def __init__(
+        self, metrics: Metrics, frame_bytes_max: int, method: tuple[str, str, str] = METHOD
+    ) -> None:
         """`frame_bytes_max`: the largest message the other side is known to take."""
         self._metrics = metrics
+        self._method = method
         self._frame_bytes = min(FRAME_BYTES_TARGET, frame_bytes_max)
         self._items: deque[tuple[int, Piece | MakeFrame]] = deque()
         self._wake: asyncio.Future[None] | None = None
@@ -54,7 +81,7 @@ class Outbox:
         self._writing = False
         self.held = False
         self.frames_written = 0
-        self.size_bytes = 0
+        self.size_bytes: int = 0
 
     def __len__(self) -> int:
         return len(self._items)
@@ -115,14 +142,14 @@ class Outbox:
         self._writing = True
         begun = self.frames_written
         try:
-            while self._items and (frames_max is None or self.frames_written - begun < frames_max):
+            while self and (frames_max is None or self.frames_written - begun < frames_max):
                 await context.write(self._next_frame())
-                self._metrics.grpc_sent.add(1, *METHOD)
+                self._metrics.grpc_sent.add(1, *self._method)
                 self.frames_written += 1
                 self._changed.set()
         finally:
             self._writing = False
-        if self._items:
+        if self:
             self._wake_writer()
 
     def _wake_writer(self) -> None:
@@ -130,7 +157,7 @@ class Outbox:
             return
         self._wake.set_result(None)
 
-    def _next_frame(self) -> session_pb2.StreamStepsResponse:
+    def _next_frame(self) -> Message:
         items = self._items
         make_frame = items[0][1]
         if not isinstance(make_frame, Piece):

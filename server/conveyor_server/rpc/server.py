@@ -1,21 +1,28 @@
 """The gRPC server: services, health, reflection, transport limits."""
 
+import asyncio
 import socket
 from pathlib import Path
+from typing import Final
 
 import grpc
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from conveyor.oip import inference_pb2, inference_pb2_grpc
 from conveyor.v1 import model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
 from conveyor_server.config import LimitsConfig, ListenConfig
 from conveyor_server.core import ModelInfo
 from conveyor_server.rpc.calls import Authenticator, CallInterceptor
 from conveyor_server.rpc.models import ModelServicer
+from conveyor_server.rpc.oip.servicer import InferenceServicer
 from conveyor_server.rpc.service import Services
 from conveyor_server.rpc.sessions import SessionServicer
 from conveyor_server.rpc.streams import Streams
+
+CUT_SECONDS_MAX: Final = 2.0
+"""What calls that were cut off at a stop have to end."""
 
 _FRAME_BYTES = 64 * 2**10
 _ENTRY_BYTES = 32
@@ -26,6 +33,8 @@ An entry's handle, first step, length and mode take 30 bytes with their largest 
 
 _SESSION_SERVICE = session_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name
 _MODEL_SERVICE = model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
+_INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+_SERVICES = (_SESSION_SERVICE, _MODEL_SERVICE, _INFERENCE_SERVICE)
 
 
 class AddressError(Exception):
@@ -47,6 +56,7 @@ class GrpcServer:
             services.metrics,
             services.clock,
             config.limits.metadata_bytes_max,
+            services.tracing,
         )
         self._server = aio.server(
             interceptors=[interceptor],
@@ -57,13 +67,16 @@ class GrpcServer:
             SessionServicer(services, self._streams), self._server
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(services), self._server)
+        inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+            InferenceServicer(services, self._streams), self._server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if config.listen.reflection:
-            names = (_SESSION_SERVICE, _MODEL_SERVICE, "grpc.health.v1.Health")
-            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._server)
+            names = (*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
         services.metrics.gauge(
             "conveyor_streams",
-            "StreamSteps calls under way.",
+            "StreamSteps and ModelStreamInfer calls under way.",
             (),
             lambda: [((), len(self._streams))],
         )
@@ -86,7 +99,7 @@ class GrpcServer:
             why = _bind_problem(listen.address)
             raise AddressError(f"cannot listen on {listen.address}: {why}") from error
         await self._server.start()
-        for service in ("", _SESSION_SERVICE, _MODEL_SERVICE):
+        for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         return f"{listen.address.rpartition(':')[0]}:{port}"
 
@@ -111,6 +124,11 @@ class GrpcServer:
     async def stop(self) -> None:
         """Ends: calls under way have the grace period to end by themselves."""
         await self._server.stop(self._shutdown.grace_seconds)
+        # What was cut off then ends in a few turns of the loop. Closed earlier, the loop would
+        # cancel it in the transport's hands, which writes a traceback to standard error.
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        if calls:
+            await asyncio.wait(calls, timeout=CUT_SECONDS_MAX)
 
 
 def transport_options(limits: LimitsConfig) -> list[tuple[str, int]]:

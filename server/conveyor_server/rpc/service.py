@@ -2,7 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from grpc import aio
 
@@ -14,6 +14,9 @@ from conveyor_server.errors import ConveyorError
 from conveyor_server.metrics import Metrics
 from conveyor_server.scheduler.collected import Collected
 from conveyor_server.scheduler.driver import Driver
+
+if TYPE_CHECKING:  # it needs an extra
+    from conveyor_server.rpc.tracing import Tracing
 
 Context: TypeAlias = "aio.ServicerContext[Any, Any]"
 """What grpc hands to every handler."""
@@ -30,6 +33,8 @@ class Services:
     metrics: Metrics
     clock: Clock
     device: str
+    tracing: "Tracing | None" = None
+    """None: nothing is traced."""
 
 
 class Waiter:

@@ -18,13 +18,12 @@ from conveyor_server.errors import (
     ConveyorError,
     InvalidField,
     MessageTooLarge,
-    SlowReader,
     StreamSessionsLimit,
     UnknownHandle,
 )
 from conveyor_server.rpc import frames
 from conveyor_server.rpc.convert import open_request, seconds
-from conveyor_server.rpc.outbox import METHOD, Outbox
+from conveyor_server.rpc.outbox import METHOD, Outbox, first_of
 from conveyor_server.rpc.service import Context, Services
 from conveyor_server.rpc.status import status_of
 from conveyor_server.rpc.streams import Streams
@@ -71,14 +70,15 @@ class StepStream:
 
         Then what was accepted is answered, and sessions are detached.
         """
+        seconds_max = self._limits.slow_reader_seconds_max
         writer = asyncio.create_task(self._outbox.write_to(self._context))
         reader = asyncio.create_task(self._read())
         try:
-            await self._first_of(reader, writer)
+            await first_of(self._outbox, seconds_max, reader, writer)
             if reader.done():
                 reader.result()
                 self._outbox.finish()
-                await self._first_of(writer)
+                await first_of(self._outbox, seconds_max, writer)
             writer.result()
         finally:
             self._gone = True
@@ -322,27 +322,6 @@ class StepStream:
         if self._admitted and isinstance(chunk := self._admitted[0][1], Chunk):
             return not owed or owed + result_bytes(chunk) <= self._limits.outbox_bytes_max
         return owed <= self._limits.outbox_bytes_max
-
-    async def _first_of(self, *tasks: "asyncio.Task[None]") -> None:
-        """Returns when one of the tasks ended.
-
-        Raises:
-            SlowReader: One and the same write took all of `slow_reader_seconds_max`.
-        """
-        seconds_max = self._limits.slow_reader_seconds_max
-        while True:
-            written, blocked = self._outbox.frames_written, self._outbox.blocked
-            done, _ = await asyncio.wait(
-                tasks, timeout=seconds_max, return_when=asyncio.FIRST_COMPLETED
-            )
-            if done:
-                return
-            if blocked and self._outbox.blocked and self._outbox.frames_written == written:
-                raise SlowReader(
-                    "the client does not read its results",
-                    limit="limits.slow_reader_seconds_max",
-                    maximum=seconds_max,
-                )
 
     def _fail(
         self, error: ConveyorError, *, handle: int = 0, first_step: int = 0, tag: int = 0

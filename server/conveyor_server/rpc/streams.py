@@ -1,4 +1,4 @@
-"""The StreamSteps calls under way: how many there may be, and telling all of them."""
+"""The long streams under way: how many there may be, and telling all of them."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ class Stream(Protocol):
 
 
 class Streams:
-    """The StreamSteps calls under way."""
+    """The calls of StreamSteps and of its like under way."""
 
     def __init__(self, streams_max: int) -> None:
         """`streams_max` at once."""
@@ -26,6 +26,11 @@ class Streams:
 
     def __len__(self) -> int:
         return len(self._streams)
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is stopping."""
+        return self._reconnect_after_seconds is not None
 
     @contextmanager
     def joined(self, stream: Stream) -> Generator[None]:

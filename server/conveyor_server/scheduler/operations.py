@@ -7,7 +7,7 @@ queue as a barrier.
 
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
@@ -20,6 +20,7 @@ from conveyor_server.core import (
     OpenMode,
     OpenRequest,
     Owner,
+    Reply,
     SessionView,
     WholeSequence,
 )
@@ -152,6 +153,17 @@ class Operations:
         self._scheduler.fail_chunks(session, gone, only=lambda chunk: chunk.reply is owner)
         self._scheduler.advance(session)
         return session.applied
+
+    def drop(self, principal: str, session_id: str, replies: Container[Reply]) -> None:
+        """Whoever sent some chunks is gone: those that have not run are dropped; the session stays.
+
+        A session that ended meanwhile has none.
+        """
+        session = self._scheduler.sessions.find((principal, session_id))
+        if session is not None:
+            gone = SessionSuperseded(f"nobody waits for this answer of session {session_id!r}")
+            self._scheduler.fail_chunks(session, gone, only=lambda chunk: chunk.reply in replies)
+            self._scheduler.advance(session)
 
     def position(self, principal: str, session_id: str) -> tuple[ModelInfo, int, int, bytes | None]:
         """A session's model, epoch, applied step and, if it is held, that step's output row."""

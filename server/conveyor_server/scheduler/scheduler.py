@@ -211,7 +211,26 @@ class Scheduler:
         self.sessions.remove(session, type(error), self._now)
         self.models.session_ended(session.model.key)
         if not session.ephemeral:
-            self.metrics.sessions_ended.add(1, error.reason.removeprefix("SESSION_").lower())
+            reason = error.reason.removeprefix("SESSION_").lower()
+            self.metrics.sessions_ended.add(1, reason)
+            self.log_end(session, reason)
+
+    def log_end(self, session: Session, reason: str) -> None:
+        """Writes down that a session is over."""
+        _log.info(
+            "session ended",
+            extra={
+                "reason": reason,
+                "session": session.session_id,
+                "principal": session.principal,
+                "model": session.model.key.name,
+                "version": session.model.key.version,
+                "steps": session.applied,
+                "seconds": round(self.clock.monotonic() - session.created_monotonic, 3),
+                "quarantined": session.quarantined,
+                "labels": dict(session.labels),
+            },
+        )
 
     def fail_queue(self, session: Session, error: ConveyorError) -> None:
         """Fails everything that waits."""
@@ -350,6 +369,7 @@ class Scheduler:
             row_bytes = model.input_row_bytes
             rows = rows[chunk.done * row_bytes : (chunk.done + steps) * row_bytes]
         if not chunk.done:
+            chunk.begun_seconds = self._now
             self.metrics.queue_seconds.observe(self._now - chunk.arrived_seconds, model.key.name)
         assert session.slot is not None
         session.running = True

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from conveyor_server.core import (
+    NEXT_STEP,
     Chunk,
     Durability,
     ModelInfo,
@@ -112,6 +113,8 @@ class Session:
             StepConflict: It repeats a step with another payload.
             StepResultNotHeld: It repeats a step whose result is forgotten.
         """
+        if chunk.first_step == NEXT_STEP:
+            chunk.first_step = self.applied + 1
         first_step = chunk.first_step + chunk.done
         if first_step > self.applied + 1:
             raise StepGap(first_step, self.applied + 1)

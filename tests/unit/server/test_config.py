@@ -291,7 +291,8 @@ def test_nothing_can_be_changed_afterwards() -> None:
 UNITS = ("_seconds", "_bytes", "_steps", "_sessions", "_chunks", "_entries", "_rows", "_adds")
 COUNTS = {
     "sessions_max", "streams_max", "labels_max", "steps_in_flight_max", "concurrent_calls_max",
-    "slots", "cpu_threads", "predictions_max", "running_predictions_max",
+    "slots", "cpu_threads", "predictions_max", "running_predictions_max", "events_max",
+    "spans_queued_max", "sample_ratio",
 }  # fmt: skip
 
 

@@ -83,3 +83,15 @@ def test_an_exception_stays_on_the_line() -> None:
 def test_a_value_that_json_does_not_know_is_shown_as_text() -> None:
     (line,) = lines_of("m", thing={1})
     assert json.loads(line)["thing"] == "{1}"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"deep": [-float("inf")]}], ids=str)
+def test_a_number_that_json_has_no_word_for_is_shown_as_text(value: Any) -> None:
+    (line,) = lines_of("m", number=value, other=1.5)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    parsed = json.loads(line, parse_constant=refuse)
+    assert parsed["number"] == str(value)
+    assert parsed["other"] == 1.5

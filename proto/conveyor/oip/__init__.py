@@ -1,0 +1,1 @@
+"""The Open Inference Protocol; every `_pb2` module is generated from the .proto beside it."""
