@@ -15,7 +15,7 @@ import torch
 from conveyor_models import Bundle, load_bundle, scan
 from tests.support.zoo import ZOO, card, script
 
-MODELS = ("co2", "letters", "pulse", "rain", "spell", "sunspots", "temperature")
+MODELS = ("co2", "letters", "pulse", "rain", "spell", "sunspots", "temperature", "timing")
 WEIGHTS_BYTES_MAX = 3_000_000
 TEMPERATURE_TOLERANCE_F = 0.002
 """The card is rounded to 0.001; another processor may round a little differently."""
