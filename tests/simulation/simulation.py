@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from conveyor_server.admission import Binding, Entry
+from conveyor_server.admission.admission import Binding, Entry
 from conveyor_server.core import (
     Chunk,
     MemoryRows,
