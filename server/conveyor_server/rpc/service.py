@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from grpc import aio
 
-from conveyor_server.admission import Admission
+from conveyor_server.admission.admission import Admission
 from conveyor_server.clock import Clock
 from conveyor_server.config import Config
 from conveyor_server.engine.port import Engine

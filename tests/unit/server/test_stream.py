@@ -12,7 +12,7 @@ import pytest
 from grpc import aio
 
 from conveyor.v1 import session_pb2
-from conveyor_server.admission import Admission, result_bytes
+from conveyor_server.admission.admission import Admission, result_bytes
 from conveyor_server.config import Config, LimitsConfig
 from conveyor_server.core import Chunk, Piece
 from conveyor_server.errors import SlowReader, StepGap
