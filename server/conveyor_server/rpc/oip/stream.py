@@ -197,7 +197,7 @@ class InferStream:
             if not self._room_for(wanted):
                 await self._wait_for_room(wanted)
             if asked.start and model.memory_row_size:
-                await self._make_way(asked, model, steps)
+                await self._make_way(request, model, steps)
             self._submit(request, model, steps)
         except ConveyorError as error:
             await self._refuse(request, error)
@@ -226,9 +226,9 @@ class InferStream:
         self._answers.held = False
         return await self._sequences.model_of(asked, self._principal)
 
-    async def _make_way(self, asked: Asked, model: ModelInfo, steps: Steps) -> None:
+    async def _make_way(self, request: Request, model: ModelInfo, steps: Steps) -> None:
         self._answers.held = False
-        await self._sequences.make_way(asked, model, self._principal, steps.memory)
+        await self._sequences.make_way(request, model, self._principal, steps)
 
     def _room_for(self, wanted_bytes: int) -> bool:
         owed = self._answers.size_bytes
