@@ -306,7 +306,11 @@ SESSIONS: Final = Dashboard(
                     "Beyond it the sessions idle longest are evicted.",
                     "bytes",
                     [
-                        (f'conveyor_state_bytes{{{I}, tier="host"}}', "{{instance}}"),
+                        (
+                            f'sum by (instance) (conveyor_state_bytes{{{I}, tier="host"}})'
+                            f" - sum by (instance) (conveyor_memories_bytes{{{I}}})",
+                            "{{instance}}",
+                        ),
                         limit("host_state_bytes_max"),
                     ],
                 ),

@@ -189,6 +189,7 @@ async def test_memories_are_counted_and_bounded(wire: Wire, server: ServerProces
     for name in names:
         await wire.open("looking", session_id=name, memory=memory(12))
     assert server.metric("conveyor_state_bytes", tier="host") == 4 * 240
+    assert server.metric("conveyor_memories_bytes") == 4 * 240
     refusal = await refused(wire.open("looking", memory=memory(12)))
     assert refusal == Refusal("RESOURCE_EXHAUSTED", "SESSIONS_LIMIT")
     assert refusal.metadata["limit"] == "limits.memories_bytes_max"
