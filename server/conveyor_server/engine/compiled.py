@@ -50,7 +50,7 @@ def _compiled(signature: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         }
         try:
             return numba.njit(signature, cache=True, **options)(function)
-        except RuntimeError:  # no folder that a result could be kept in
+        except (RuntimeError, OSError):  # no folder that a result could be kept in, or a full one
             return numba.njit(signature, **options)(function)
 
     return decorate

@@ -146,6 +146,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         state(table=nn.Linear(4, 9, bias=False), rnn=nn.LSTM(4, 4)),
         "--embedding or --head",
     ),
+    "an embedding or a layer before the stack": (
+        state(pre=nn.Linear(3, 3, bias=False), rnn=nn.LSTM(3, 4)),
+        "pre: could be an nn.Linear before",
+    ),
     "half a layer": (
         {k: v for k, v in nn.LSTM(3, 4).state_dict().items() if k != "weight_hh_l0"},
         "weight_hh is missing",

@@ -16,7 +16,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from conveyor.oip import inference_pb2, inference_pb2_grpc
 from conveyor.v1 import session_pb2, session_pb2_grpc
-from conveyor_server.admission import Admission
+from conveyor_server.admission.admission import Admission
 from conveyor_server.clock import SystemClock
 from conveyor_server.config import Config, ListenConfig, TracingConfig
 from conveyor_server.metrics import Metrics

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from conveyor_server.admission import check_model_name
+from conveyor_server.admission.fields import check_model_name
 from conveyor_server.core import (
     NO_CLAIM,
     Chunk,

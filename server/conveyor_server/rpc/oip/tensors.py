@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from conveyor.oip import inference_pb2
-from conveyor_server.admission import Admission
+from conveyor_server.admission.admission import Admission
 from conveyor_server.core import InputKind, MemoryRows, ModelInfo
 from conveyor_server.errors import InvalidShape, NotSupported, TokenOutOfRange
 from conveyor_server.rpc.oip.refusals import Refusal, no_shared_memory, shown
