@@ -227,7 +227,7 @@ class App:
         )
         gauge(
             "conveyor_memories_bytes",
-            "Bytes of what sessions attend over, as limits.memories_bytes_max counts them.",
+            "Bytes of what sessions attend over, in host memory.",
             (),
             lambda: [((), self._scheduler.memories.size_bytes)],
         )

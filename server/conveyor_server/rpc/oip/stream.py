@@ -79,6 +79,7 @@ class Answers(Outbox):
             message = self._responses.answer(request)
         else:
             if self._end_on_error:
+                self._statistics.count(request, ready)
                 raise request.error
             self._metrics.rejected.add(1, request.error.reason)
             message = self._responses.failure(request)
