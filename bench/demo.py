@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench import spelling
 from bench.link import Link
 from bench.processes import ServerProcess, conveyor_server, total
 from conveyor_client import aio
@@ -57,6 +58,7 @@ class Demo:
     async def run(self) -> None:
         """All of it."""
         await self._forecast()
+        await self._spell()
         await self._write_text()
         await self._cut_connection()
         await self._fork()
@@ -140,6 +142,25 @@ class Demo:
             style="dim",
             highlight=False,
         )
+
+    # -- images ------------------------------------------------------------------------------------
+
+    async def _spell(self) -> None:
+        self._title("`spell` looks at a scanned digit and writes its name, letter by letter")
+        data: Any = _load(ZOO / "spell" / "data.py")
+        images, shown = data.digits(data.HELD_OUT)
+        self._say("the image, then its 16 patches at each step: the darker, the closer it looked")
+        for digit in spelling.SHOWN:
+            image = images[list(shown).index(digit)]
+            looked = await spelling.look(self._client, data, image)
+            self._say(spelling.drawing(data, image, looked) + "\n")
+        found, seconds = await spelling.words(self._client, data, images)
+        names = spelling.right(data, shown, found)
+        self._say(
+            f"{names} of {len(shown)} held-out digits got their right name"
+            f" ({names / len(shown):.1%}) in {seconds:.1f} s"
+        )
+        _check(names > 0.9 * len(shown), "the model spells worse than its card says")
 
     # -- text --------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import start_http_server
 
-from conveyor_server.admission import Admission
+from conveyor_server.admission.admission import Admission
 from conveyor_server.clock import SystemClock
 from conveyor_server.config import Config, TracingConfig
 from conveyor_server.core import SessionState, Tier
@@ -227,7 +227,7 @@ class App:
         )
         gauge(
             "conveyor_memories_bytes",
-            "Bytes of what sessions attend over, as limits.memories_bytes_max counts them.",
+            "Bytes of what sessions attend over, in host memory.",
             (),
             lambda: [((), self._scheduler.memories.size_bytes)],
         )

@@ -17,6 +17,7 @@ import data
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from conveyor_models import Bundle, ModelSpec, Network, attend, attention_memory, save_bundle
@@ -167,10 +168,11 @@ def scores(bundle: Bundle) -> dict[str, int]:
     """
     learned, validated, tested = map(data.digits, (data.TRAINING, data.VALIDATION, data.HELD_OUT))
     most = np.bincount(learned[1]).argmax()
-    regressions = [
-        LogisticRegression(C=strength, max_iter=5_000).fit(_pixels(learned[0]), learned[1])
-        for strength in STRENGTHS
-    ]
+    with threadpool_limits(THREADS):
+        regressions = [
+            LogisticRegression(C=strength, max_iter=5_000).fit(_pixels(learned[0]), learned[1])
+            for strength in STRENGTHS
+        ]
     best = max(regressions, key=lambda one: one.score(_pixels(validated[0]), validated[1]))
     return {
         "spell": int(words_right(bundle.network(), bundle.weights, data.HELD_OUT).sum()),

@@ -3,7 +3,7 @@
 import asyncio
 
 from conveyor.v1 import session_pb2
-from conveyor_server.admission import check_model_name, check_session_id
+from conveyor_server.admission.fields import check_model_name, check_session_id
 from conveyor_server.core import Chunk, ModelInfo, OutputMode
 from conveyor_server.errors import (
     InvalidField,

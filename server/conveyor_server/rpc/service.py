@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from grpc import aio
 
-from conveyor_server.admission import Admission
+from conveyor_server.admission.admission import Admission
 from conveyor_server.clock import Clock
 from conveyor_server.config import Config
 from conveyor_server.core import MemoryRows, OpenMode, OpenRequest, SessionView

@@ -326,12 +326,15 @@ async def test_failures_are_in_the_statistics(start_server: StartServer) -> None
             await stream.send("tiny", ROW, 1, raw=b"")
             await stream.send("tiny", ROW, 1)
             await stream.end()
+        async with protocol.stream(triton_grpc_error="true") as stream:
+            await stream.send("tiny", ROW, 1, raw=b"")
+            await refused(stream.end())
         wanted = inference_pb2.ModelStatisticsRequest(name="tiny", version="1")
         (found,) = (await protocol.stub.ModelStatistics(wanted)).model_stats
     assert (found.name, found.version) == ("tiny", "1")
     assert (found.inference_count, found.execution_count) == (2, 2)
     assert found.inference_stats.success.count == found.inference_stats.queue.count == 2
-    assert found.inference_stats.fail.count == 2
+    assert found.inference_stats.fail.count == 3
     assert found.inference_stats.fail.ns > 0
     assert found.batch_stats[0].compute_infer == found.inference_stats.compute_infer
     assert abs(found.last_inference / 1e3 - time.time()) < 60

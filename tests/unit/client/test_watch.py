@@ -17,7 +17,9 @@ from conveyor.v1 import session_pb2
 from conveyor_client._nouns import model_from_proto
 from conveyor_client.cli._app import app
 from conveyor_client.cli._feeding import Pace, Text
-from tests.unit.client.fake import LOOKER, TOKENS, FakeServer, State, gate_values
+from tests.unit.client.fake.models import LOOKER, TOKENS, gate_values
+from tests.unit.client.fake.server import FakeServer
+from tests.unit.client.fake.sessions import State
 from tests.unit.client.recordings import speller
 
 HEAD = 2  # lines before the first step

@@ -15,7 +15,7 @@ import torch
 from conveyor_models import Bundle, load_bundle, scan
 from tests.support.zoo import ZOO, card, script
 
-MODELS = ("letters", "spell", "temperature")
+MODELS = ("co2", "letters", "pulse", "rain", "spell", "sunspots", "temperature")
 WEIGHTS_BYTES_MAX = 3_000_000
 TEMPERATURE_TOLERANCE_F = 0.002
 """The card is rounded to 0.001; another processor may round a little differently."""
@@ -106,7 +106,7 @@ def test_the_card_of_letters(
     )
 
 
-_MODELS = ("letters", "interpolated 5-gram", "unigram")
+_MODELS = ("co2", "letters", "interpolated 5-gram", "unigram")
 
 
 def test_the_ngram_baseline_is_a_distribution(letters_train: ModuleType) -> None:

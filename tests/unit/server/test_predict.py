@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from conveyor.v1 import session_pb2
-from conveyor_server.admission import Admission
+from conveyor_server.admission.admission import Admission
 from conveyor_server.config import Config, LimitsConfig
 from conveyor_server.core import ModelKey
 from conveyor_server.errors import ModelNotFound
