@@ -1,4 +1,4 @@
-"""Kernels are compiled all the same where the result cannot be kept for the next process."""
+"""Kernels are compiled all the same where their cache is of no use."""
 
 # numba has no types that pyright could read.
 # pyright: reportMissingTypeStubs=false, reportPrivateUsage=false
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import pickle
 from typing import Any
 
 import pytest
@@ -19,10 +20,11 @@ from conveyor_server.engine.compiled import _compiled
     [
         ("CacheImpl", "__init__", RuntimeError("no locator available")),
         ("IndexDataCacheFile", "save", OSError(errno.ENOSPC, "No space left on device")),
+        ("IndexDataCacheFile", "load", pickle.UnpicklingError("pickle data was truncated")),
     ],
-    ids=["no folder", "a full disk"],
+    ids=["no folder", "a full disk", "a damaged file"],
 )
-def test_what_cannot_be_kept_is_compiled_all_the_same(
+def test_without_a_cache_kernels_are_compiled_all_the_same(
     holder: str, method: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     met: list[Exception] = []
