@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from conveyor.v1 import session_pb2
+from conveyor_client._chunk import Chunk
 from conveyor_client._errors import (
     ConveyorError,
     DeadlineExceeded,
@@ -20,7 +21,7 @@ from conveyor_client._errors import (
     Unavailable,
 )
 from conveyor_client._lane import Lane, is_stream_full
-from conveyor_client._ledger import Chunk, Ledger
+from conveyor_client._ledger import Ledger
 from conveyor_client._nouns import ModelInfo, OutputValue, SessionInfo, TraceValue
 from conveyor_client._opened import Opened, describe
 from conveyor_client._opening import Hub, again, check_size, requested_model

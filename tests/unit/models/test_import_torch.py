@@ -186,6 +186,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         nn.LSTM(3, 4).state_dict() | {"weight_ih_l0": torch.zeros(16, 3, dtype=torch.int64)},
         "weight_ih_l0: is of type torch.int64",
     ),
+    "a weight that is not a number": (
+        nn.LSTM(3, 4).state_dict() | {"bias_hh_l0": torch.full((16,), torch.nan)},
+        "^bias_hh_l0: has a NaN",
+    ),
+    "an infinite weight in double precision": (
+        nn.LSTM(3, 4).state_dict() | {"bias_hh_l0": torch.full((16,), torch.inf).double()},
+        "^bias_hh_l0: has a NaN or an infinity",
+    ),
     "a sparse tensor": (
         nn.LSTM(3, 4).state_dict() | {"weight_ih_l0": torch.eye(16, 3).to_sparse()},
         "weight_ih_l0: is of type torch.sparse",

@@ -382,9 +382,17 @@ class ServerThread:
 
     def __exit__(self, *_: object) -> None:
         self.call(self.server.stop())
+        self.call(_calls_ended())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     def call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
+
+
+async def _calls_ended() -> None:
+    """Waits for what was cut off: on a loop that is closed earlier it would complain aloud."""
+    calls = asyncio.all_tasks() - {asyncio.current_task()}
+    if calls:
+        await asyncio.wait(calls, timeout=2)
