@@ -271,9 +271,13 @@ def test_a_trace_that_touches_what_it_sees_is_found(monkeypatch: pytest.MonkeyPa
         for value in values.values():
             value.mul_(1.0 + 2.0**-20)
 
+    spec = make_spec([17], features=3)
+    loaded = load(make_bundle(spec, random_weights(spec, 0)), family=BlockedFamily())
     with monkeypatch.context() as patch:
         patch.setattr(Tap, "see", touch)
         found = _counterexample(BlockedFamily())
+        assert not same_bits(loaded.runner, spec)
+    assert same_bits(loaded.runner, spec)
     assert difference(found, BlockedFamily()) is None
 
 
