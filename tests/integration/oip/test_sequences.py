@@ -195,6 +195,18 @@ async def test_what_a_cancelled_call_sent_is_dropped(
     assert (await wire.get(f"oip.i:heavy:{number}")).applied_step == 1 + len(HEAVY)
 
 
+async def test_a_session_of_another_model_is_no_sequence_of_this_one(
+    protocol: Protocol, wire: Wire
+) -> None:
+    number = next(IDS)
+    session_id = f"oip.i:tiny:{number}"
+    await wire.open("heavy", session_id=session_id)
+    assert NOT_STARTED in (await refused(protocol.infer("tiny", ROW, number))).message
+    out = await protocol.infer("tiny", ROW, number, start=True)
+    assert (out.model_name, output(out).tobytes()) == ("tiny", await wire.predict("tiny", ROW))
+    assert (await wire.get(session_id)).model == "tiny"
+
+
 async def test_a_request_that_does_not_begin_in_time_is_not_run(
     protocol: Protocol, wire: Wire
 ) -> None:

@@ -80,7 +80,12 @@ class Sequences:
                 ending = self._ending.get(key)
             return self._resolve(asked)
         model = None if ending else await self._live(key)
-        if model is None or asked.version not in (None, model.key.version):
+        # A session of another model's may have the id, if the native services opened it.
+        if (
+            model is None
+            or model.key.name != asked.model
+            or asked.version not in (None, model.key.version)
+        ):
             self._resolve(asked)
             raise refusals.not_started(asked.model, asked.sequence)
         return model
