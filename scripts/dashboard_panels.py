@@ -295,20 +295,36 @@ SESSIONS: Final = Dashboard(
             "Memory",
             [
                 Panel(
-                    "Carries",
-                    "Bytes, by where they lie.",
+                    "Carries and attention memories",
+                    "Bytes, by where they lie; a memory on the device is in host memory too.",
                     "bytes",
                     [(f"sum by (tier) (conveyor_state_bytes{{{I}}})", "{{tier}}")],
                     stacked=True,
+                    columns=6,
                 ),
                 Panel(
                     "Carries in host memory and their bound",
                     "Beyond it the sessions idle longest are evicted.",
                     "bytes",
                     [
-                        (f'conveyor_state_bytes{{{I}, tier="host"}}', "{{instance}}"),
+                        (
+                            f'sum by (instance) (conveyor_state_bytes{{{I}, tier="host"}})'
+                            f" - sum by (instance) (conveyor_memories_bytes{{{I}}})",
+                            "{{instance}}",
+                        ),
                         limit("host_state_bytes_max"),
                     ],
+                    columns=6,
+                ),
+                Panel(
+                    "What sessions attend over, and its bound",
+                    "Beyond it no session that brings a memory is opened.",
+                    "bytes",
+                    [
+                        (f"conveyor_memories_bytes{{{I}}}", "{{instance}}"),
+                        limit("memories_bytes_max"),
+                    ],
+                    columns=6,
                 ),
                 Panel(
                     "Held for retries, and its bound",
@@ -318,6 +334,7 @@ SESSIONS: Final = Dashboard(
                         (f"conveyor_held_result_bytes{{{I}}}", "{{instance}}"),
                         limit("held_results_total_bytes_max"),
                     ],
+                    columns=6,
                 ),
             ],
         ),

@@ -6,14 +6,12 @@ The public face is `Session`; the stream below is a `Lane`. An attachment is a l
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Protocol
 
 from conveyor.v1 import session_pb2
+from conveyor_client._chunk import Chunk
 from conveyor_client._errors import (
     ConveyorError,
     DeadlineExceeded,
-    MessageTooLarge,
-    ModelNotFound,
     NotOpen,
     OwnershipLost,
     ServerDraining,
@@ -23,26 +21,10 @@ from conveyor_client._errors import (
     Unavailable,
 )
 from conveyor_client._lane import Lane, is_stream_full
-from conveyor_client._ledger import Chunk, Ledger
+from conveyor_client._ledger import Ledger
 from conveyor_client._nouns import ModelInfo, OutputValue, SessionInfo, TraceValue
 from conveyor_client._opened import Opened, describe
-from conveyor_client._policy import Options
-
-_OPEN_OVERHEAD_BYTES = 64  # what an open frame holds beside the request, at its longest
-
-
-class Hub(Protocol):
-    """What an attachment needs of the client."""
-
-    options: Options
-
-    async def cached_model(self, name: str, version: int, *, digest: str = "") -> ModelInfo:
-        """Describes a model."""
-        ...
-
-    def lane_for(self, model: ModelInfo | None, *, own_key: str = "") -> Lane:
-        """Finds a stream with room."""
-        ...
+from conveyor_client._opening import Hub, again, check_size, requested_model
 
 
 class Attachment:
@@ -81,8 +63,8 @@ class Attachment:
             ConveyorError: What the server refused.
         """
         try:
-            requested = await self._requested_model()
-            self._check_size(requested)
+            requested = await requested_model(self._hub, self.request)
+            check_size(self.request, requested)
             answer = await self._open_on_some_lane(requested)
             described = answer.session
             model = await self._hub.cached_model(
@@ -92,28 +74,6 @@ class Attachment:
             self._give_up_opening()
             raise
         self._start(model)
-
-    async def _requested_model(self) -> ModelInfo | None:
-        """The model asked for: its limits say how many sessions a stream carries."""
-        request = self.request
-        if not request.model:
-            return None
-        try:
-            return await self._hub.cached_model(request.model, request.version)
-        except ModelNotFound:
-            if request.mode == session_pb2.OPEN_MODE_CREATE:
-                raise
-            return None  # out of service, but a session may still run on it
-
-    def _check_size(self, model: ModelInfo | None) -> None:
-        """Refuses a memory that fits no message: on a stream it would end every session there."""
-        bytes_max = model.limits.message_bytes_max if model is not None else 0
-        size = self.request.ByteSize() + _OPEN_OVERHEAD_BYTES
-        if bytes_max and size > bytes_max:
-            raise MessageTooLarge(
-                f"opening with this memory takes {size} bytes, the server takes {bytes_max}",
-                reason="MESSAGE_TOO_LARGE",
-            )
 
     async def _open_on_some_lane(self, model: ModelInfo | None) -> session_pb2.OpenSessionResponse:
         own_key = self.request.session_id if self._own_stream else ""
@@ -345,17 +305,9 @@ class Attachment:
 
     def open_request(self) -> session_pb2.OpenSessionRequest:
         """What opens it, for the first time or again."""
-        answer = self.answer
-        if answer is None:
+        if self.answer is None:
             return self.request
-        again = session_pb2.OpenSessionRequest()
-        again.CopyFrom(self.request)
-        again.ClearField("memory")
-        again.session_id = answer.session.session_id
-        again.model, again.version = answer.session.model, answer.session.version
-        again.mode = session_pb2.OPEN_MODE_RESUME
-        again.token = answer.token
-        return again
+        return again(self.request, self.answer)
 
     # --- what the lane tells ---------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 
 from conveyor.v1 import session_pb2
+from conveyor_client._chunk import Chunk
 from conveyor_client._errors import (
     ConveyorError,
     LimitExceeded,
@@ -21,7 +22,6 @@ from conveyor_client._errors import (
     ServerDraining,
     TransportError,
 )
-from conveyor_client._ledger import Chunk
 from conveyor_client._policy import Options
 from conveyor_client._requests import duration
 from conveyor_client._status import error_from_call, error_from_status

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from conveyor.v1 import session_pb2
 from conveyor_client._attachment import Attachment
-from conveyor_client._ledger import Chunk
+from conveyor_client._chunk import Chunk
 from conveyor_client._nouns import OUTPUT_MODES, FloatArray, Output, TraceValue
 from conveyor_client._rows import RowCodec
 from conveyor_client._trace import Trace, trace_from_pieces

@@ -111,20 +111,32 @@ def add_bundle(
     target = base / str(spec.version) if versioned else base
     _check_room(folder, base, target, versioned=versioned, replace=replace)
     try:
-        (base if versioned else folder).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
     except OSError as error:
         raise RepositoryError(f"cannot be written: {error.strerror}", path=folder) from error
     try:
         save_bundle(draft / "new", spec, weights)
-        if target.exists():
-            os.rename(target, draft / "old")
-        os.rename(draft / "new", target)
+        target.parent.mkdir(exist_ok=True)
+        _exchange(draft / "new", target, draft / "old")
     except OSError as error:
         raise RepositoryError(f"cannot be written: {error.strerror}", path=target) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return load_bundle(target)
+
+
+def _exchange(new: Path, target: Path, old: Path) -> None:
+    """Puts `new` in the place of what is at `target`, if anything is, and that at `old`."""
+    taken = target.exists()
+    if taken:
+        os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except OSError:
+        if taken:
+            os.rename(old, target)
+        raise
 
 
 def _check_room(folder: Path, base: Path, target: Path, *, versioned: bool, replace: bool) -> None:

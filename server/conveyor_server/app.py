@@ -17,7 +17,7 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import start_http_server
 
-from conveyor_server.admission import Admission
+from conveyor_server.admission.admission import Admission
 from conveyor_server.clock import SystemClock
 from conveyor_server.config import Config, TracingConfig
 from conveyor_server.core import SessionState, Tier
@@ -46,6 +46,7 @@ SERVER_LIMITS: Final = (
     "streams_max",
     "inbox_chunks_max",
     "host_state_bytes_max",
+    "memories_bytes_max",
     "held_results_total_bytes_max",
 )
 """Settings of `limits` that a gauge of the whole server can be held against."""
@@ -223,6 +224,12 @@ class App:
             "Bytes of carries and memories; a memory on the device is in host memory too.",
             ("tier",),
             self._read_state_bytes,
+        )
+        gauge(
+            "conveyor_memories_bytes",
+            "Bytes of what sessions attend over, in host memory.",
+            (),
+            lambda: [((), self._scheduler.memories.size_bytes)],
         )
         gauge(
             "conveyor_predictions",

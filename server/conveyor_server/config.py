@@ -337,7 +337,8 @@ def load_config(file: Path | None = None, flags: Mapping[str, str] | None = None
         )
     except ValidationError as error:
         problems = [
-            ": ".join(filter(None, (".".join(map(str, item["loc"])), _problem(item))))
+            # Section and key only: what lies below is the caller's, a token for instance.
+            ": ".join(filter(None, (".".join(map(str, item["loc"][:2])), _problem(item))))
             for item in error.errors(include_url=False, include_input=False)
         ]
         raise ConfigError("\n".join(problems)) from error

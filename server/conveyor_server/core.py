@@ -21,6 +21,8 @@ STEP_MAX: Final = 2**62
 """No step has a higher number."""
 NEXT_STEP: Final = 0
 """The first step of a chunk from a protocol without numbers: whichever is next at its turn."""
+NO_CLAIM: Final = -1
+"""The epoch of a chunk that must not run: its session turned out to be another one."""
 SUMMARY_VALUES: Final = 5
 """Numbers that a gate is summarised in."""
 SUMMARY_BYTES: Final = 2 + SUMMARY_VALUES * (1 + ELEMENT_BYTES)
@@ -273,8 +275,8 @@ class Chunk:
     """K >= 1 consecutive steps of one session, sent together.
 
     Not frozen, unlike the other nouns: it is made once for every message, and a frozen dataclass
-    takes three times as long to make. Only `done`, `begun_seconds` and a `first_step` of
-    `NEXT_STEP` are ever written.
+    takes three times as long to make. Only `done`, `begun_seconds`, a `first_step` of `NEXT_STEP`
+    and an `epoch` that becomes `NO_CLAIM` are ever written.
     """
 
     session_id: str
@@ -282,7 +284,7 @@ class Chunk:
     model: ModelInfo
     """What it was checked against."""
     epoch: int
-    """The claim it belongs to; 0 runs under any."""
+    """The claim it belongs to; 0 runs under any, `NO_CLAIM` under none."""
     first_step: int
     length: int
     rows: bytes

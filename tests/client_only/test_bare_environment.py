@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.client.fake import FakeServer, ServerThread
+from tests.unit.client.fake.server import FakeServer, ServerThread
 
 ROOT = Path(__file__).resolve().parents[2]
 # typer brings pydantic along, so that one may be there, but the library must not load it.

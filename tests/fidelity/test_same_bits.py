@@ -14,8 +14,9 @@ from hypothesis import Phase, find, settings
 from torch import Tensor
 
 from conveyor_models import load_bundle
+from conveyor_server.core import TraceMode
+from conveyor_server.engine import attention, packing, trace
 from conveyor_server.engine import engine as engine_module
-from conveyor_server.engine import packing, trace
 from conveyor_server.engine.attention import Attention
 from conveyor_server.engine.engine import SameBitsError, TorchEngine
 from conveyor_server.engine.probe import same_bits
@@ -24,10 +25,12 @@ from conveyor_server.engine.trace import Tap
 from tests.fidelity.cases import FAMILIES
 from tests.fidelity.networks import (
     CPU,
+    Loaded,
     families,
     load,
     make_bundle,
     make_spec,
+    random_memory,
     random_rows,
     random_weights,
 )
@@ -82,6 +85,42 @@ def test_a_shipped_model_keeps_its_bits(name: str, family: ProductFamily) -> Non
         steps = [loaded.run(slot, rows[t : t + 1]).tobytes() for t in range(len(rows))]
         assert b"".join(steps) == out.tobytes()
         loaded.engine.release(loaded.key, slot)
+
+
+def _attentive() -> Loaded:
+    spec = make_spec([17], features=3, attention={"memory_size": 5, "size": 40, "gate": True})
+    return load(make_bundle(spec, random_weights(spec, 0)), slots=9)
+
+
+def test_how_many_memories_are_taken_together_is_not_in_the_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = _attentive()
+    inputs = [random_rows(loaded.spec, 1 + number % 4, number) for number in range(9)]
+    memories = [random_memory(loaded.spec, 20 + 9 * (number % 3), number) for number in range(9)]
+    together = loaded.run_works(inputs, memories, TraceMode.FULL)
+    for works in (1, 2, 4):
+        monkeypatch.setattr(attention, "GROUP_NUMBERS_MAX", works * 64 * 64)
+        assert loaded.run_works(inputs, memories, TraceMode.FULL) == together
+
+
+def test_a_large_memory_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch may have hundreds of them, and a copy of each would double what they take."""
+    loaded = _attentive()
+    stacked: list[torch.Size] = []
+    stack = torch.stack
+
+    def watched(tensors: list[Tensor]) -> Tensor:
+        stacked.append(tensors[0].shape)
+        return stack(tensors)
+
+    monkeypatch.setattr(torch, "stack", watched)
+    monkeypatch.setattr(attention, "GROUP_NUMBERS_MAX", 2 * 32 * 64)
+    inputs = [random_rows(loaded.spec, 1, number) for number in range(6)]
+    large = [random_memory(loaded.spec, 50, number) for number in range(3)]
+    loaded.run_batch(inputs, [*large, *(random_memory(loaded.spec, 32, n) for n in range(3))])
+    # Of the small ones two are laid together, and the third is alone.
+    assert stacked == [torch.Size((32, 64)), torch.Size((32, 32))]
 
 
 def test_the_probe_leaves_every_carry_as_it_was() -> None:
@@ -232,9 +271,13 @@ def test_a_trace_that_touches_what_it_sees_is_found(monkeypatch: pytest.MonkeyPa
         for value in values.values():
             value.mul_(1.0 + 2.0**-20)
 
+    spec = make_spec([17], features=3)
+    loaded = load(make_bundle(spec, random_weights(spec, 0)), family=BlockedFamily())
     with monkeypatch.context() as patch:
         patch.setattr(Tap, "see", touch)
         found = _counterexample(BlockedFamily())
+        assert not same_bits(loaded.runner, spec)
+    assert same_bits(loaded.runner, spec)
     assert difference(found, BlockedFamily()) is None
 
 

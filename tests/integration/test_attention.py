@@ -189,6 +189,8 @@ async def test_memories_are_counted_and_bounded(wire: Wire, server: ServerProces
     for name in names:
         await wire.open("looking", session_id=name, memory=memory(12))
     assert server.metric("conveyor_state_bytes", tier="host") == 4 * 240
+    assert server.metric("conveyor_memories_bytes") == 4 * 240
+    assert server.metric("conveyor_limit", setting="memories_bytes_max") == 1024
     refusal = await refused(wire.open("looking", memory=memory(12)))
     assert refusal == Refusal("RESOURCE_EXHAUSTED", "SESSIONS_LIMIT")
     assert refusal.metadata["limit"] == "limits.memories_bytes_max"
@@ -197,6 +199,7 @@ async def test_memories_are_counted_and_bounded(wire: Wire, server: ServerProces
     for name in (*names, "small"):
         await wire.close(name)
     assert server.metric("conveyor_state_bytes", tier="host") == 0
+    assert server.metric("conveyor_memories_bytes") == 0
 
 
 @pytest.mark.parametrize("mode", MODES)

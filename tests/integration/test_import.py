@@ -260,7 +260,7 @@ def not_finite(folder: Path) -> None:
         (harmful_plain_pickle, "never loaded"),
         (cut_off, "model.pt"),
         (unlike, "holds no nn.LSTM"),
-        (not_finite, "not finite"),
+        (not_finite, "weight_ih_l0: has a NaN"),
         (lambda _: None, "missing"),
     ],
 )

@@ -3,7 +3,9 @@
 import random
 
 from conveyor_server.core import OpenMode, OutputMode, SessionKey, TraceMode
-from tests.simulation.simulation import Setup, Simulation, Stream
+from tests.simulation.simulation import Simulation
+from tests.simulation.streams import Stream
+from tests.simulation.world import Setup
 from tests.support.models import ATTENTIVE, FEATURES, TOKENS
 
 SESSION_IDS = ("a", "b", "c", "d")
@@ -37,6 +39,7 @@ class Player:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.simulation = Simulation(setup_of(self.rng))
+        self.callers = self.simulation.callers
         self._moves = {
             self.step: 30,
             self.tick: 22,
@@ -68,14 +71,14 @@ class Player:
         kinds = ("next", "again", "conflict", "gap", "poison")
         kind = rng.choices(kinds, (70, 18, 6, 4, 2))[0]
         length = rng.choice((1, 1, 1, 2, 3, 5, 17))
-        first_step, rows = self.simulation.rows(key, kind, length, rng.randrange(4))
+        first_step, rows = self.callers.rows(key, kind, length, rng.randrange(4))
         output = rng.choice((OutputMode.ALL, OutputMode.ALL, OutputMode.LAST, OutputMode.NONE))
         epoch = 0
-        if stream is None and rng.random() < 0.3 and key in self.simulation.live:
-            epoch = max(1, self.simulation.live[key].epoch - rng.randrange(2))
+        if stream is None and rng.random() < 0.3 and key in self.simulation.world.live:
+            epoch = max(1, self.simulation.world.live[key].epoch - rng.randrange(2))
         seconds = rng.choice((None, None, 0.5))
         trace = rng.choice((TraceMode.NONE,) * 4 + (TraceMode.SUMMARY, TraceMode.FULL))
-        self.simulation.send(
+        self.callers.send(
             key, stream, first_step, rows, output, epoch=epoch, seconds=seconds, trace=trace
         )
 
@@ -83,7 +86,7 @@ class Player:
         self.simulation.tick()
 
     def half_a_tick(self) -> None:
-        if self.simulation.batch is None:
+        if self.simulation.world.batch is None:
             self.simulation.begin()
         else:
             self.simulation.finish()
@@ -91,7 +94,7 @@ class Player:
     def open(self) -> None:
         rng, stream = self.rng, self._stream()
         key = (stream.principal, rng.choice(SESSION_IDS))
-        self.simulation.open(
+        self.callers.open(
             rng.choice((stream, stream, stream, None)),
             key,
             mode=rng.choice((OpenMode.EITHER,) * 4 + (OpenMode.CREATE, OpenMode.RESUME)),
@@ -104,41 +107,41 @@ class Player:
 
     def close(self) -> None:
         key, stream = self._target()
-        self.simulation.close(stream, key)
+        self.callers.close(stream, key)
 
     def reset(self) -> None:
-        self.simulation.reset(self._target()[0])
+        self.callers.reset(self._target()[0])
 
     def fork(self) -> None:
         rng, (key, _) = self.rng, self._target()
         new_ids = rng.sample((*SESSION_IDS, "e", "f", ""), rng.choice((1, 1, 2)))
-        self.simulation.fork(key, new_ids, rng.choice((0, 0, 3)))
+        self.callers.fork(key, new_ids, rng.choice((0, 0, 3)))
 
     def export_or_import(self) -> None:
         rng, (key, _) = self.rng, self._target()
         if rng.random() < 0.5:
-            self.simulation.export(key)
+            self.callers.export(key)
         else:
-            self.simulation.import_(rng.randrange(100), key, rng.choice((3.0, 60.0)))
+            self.callers.import_(rng.randrange(100), key, rng.choice((3.0, 60.0)))
 
     def detach(self) -> None:
         key, stream = self._target()
         if stream is not None:
-            self.simulation.detach(stream, key[1])
+            self.callers.detach(stream, key[1])
 
     def keep_alive(self) -> None:
-        self.simulation.keep_alive(self._stream())
+        self.callers.keep_alive(self._stream())
 
     def predict(self) -> None:
-        self.simulation.predict(self._stream().principal, self.rng.choice((1, 4, 40)))
+        self.callers.predict(self._stream().principal, self.rng.choice((1, 4, 40)))
 
     def predict_whole(self) -> None:
         length, seconds = self.rng.choice((1, 4, 9)), self.rng.choice((None, None, 0.5))
         output = self.rng.choice((OutputMode.ALL, OutputMode.LAST, OutputMode.NONE))
-        self.simulation.predict_whole(length, output, seconds)
+        self.callers.predict_whole(length, output, seconds)
 
     def give_up(self) -> None:
-        self.simulation.give_up(self.rng.randrange(100))
+        self.callers.give_up(self.rng.randrange(100))
 
     def fail(self) -> None:
         if self.rng.random() < 0.3:
@@ -147,10 +150,10 @@ class Player:
         self.simulation.fail_next(memory=self.rng.random() < 0.5)
 
     def advance(self) -> None:
-        self.simulation.rig.clock.advance(self.rng.choice((0.1, 0.5, 1.0, 2.0, 25.0)))
+        self.simulation.world.rig.clock.advance(self.rng.choice((0.1, 0.5, 1.0, 2.0, 25.0)))
 
     def jump_wall(self) -> None:
-        self.simulation.rig.clock.jump_wall(self.rng.choice((-3600.0, 3600.0)))
+        self.simulation.world.rig.clock.jump_wall(self.rng.choice((-3600.0, 3600.0)))
 
     def _stream(self) -> Stream:
         return self.rng.choice(self.simulation.streams)
@@ -160,7 +163,7 @@ class Player:
         rng, stream = self.rng, self._stream()
         if stream.claims and rng.random() < 0.8:
             return (stream.principal, rng.choice(list(stream.claims))), stream
-        mine = [key for key in self.simulation.live if key[0] == stream.principal]
+        mine = [key for key in self.simulation.world.live if key[0] == stream.principal]
         if mine and rng.random() < 0.8:
             return rng.choice(mine), None
         return (stream.principal, rng.choice(SESSION_IDS)), None

@@ -14,7 +14,9 @@ from hypothesis.stateful import (
 )
 
 from conveyor_server.core import OpenMode, OutputMode, SessionKey, TraceMode
-from tests.simulation.simulation import PRINCIPALS, STREAMS, Setup, Simulation, Stream
+from tests.simulation.simulation import Simulation
+from tests.simulation.streams import Stream
+from tests.simulation.world import PRINCIPALS, STREAMS, Setup
 from tests.support.models import ATTENTIVE, FEATURES, TOKENS
 
 SESSION_IDS = st.sampled_from("abc")
@@ -48,6 +50,7 @@ class ServerMachine(RuleBasedStateMachine):
             memories_bytes_max=memories,
         )
         self.simulation = Simulation(setup)
+        self.callers = self.simulation.callers
 
     def stream(self, number: int) -> Stream:
         return self.simulation.streams[number]
@@ -69,7 +72,7 @@ class ServerMachine(RuleBasedStateMachine):
     def open(self, number: int, session_id: str, alone: bool, **wanted: Any) -> None:
         stream = None if alone else self.stream(number)
         idle = wanted.pop("idle")
-        self.simulation.open(stream, self.key(number, session_id), idle_seconds=idle, **wanted)
+        self.callers.open(stream, self.key(number, session_id), idle_seconds=idle, **wanted)
 
     @rule(
         number=NUMBERS,
@@ -91,8 +94,8 @@ class ServerMachine(RuleBasedStateMachine):
         trace: TraceMode,
     ) -> None:
         key = self.key(number, session_id)
-        first_step, rows = self.simulation.rows(key, kind, length, back)
-        self.simulation.send(key, self.stream(number), first_step, rows, output, trace=trace)
+        first_step, rows = self.callers.rows(key, kind, length, back)
+        self.callers.send(key, self.stream(number), first_step, rows, output, trace=trace)
 
     @rule(
         key=KEYS,
@@ -113,49 +116,49 @@ class ServerMachine(RuleBasedStateMachine):
         epoch: int,
         seconds: float | None,
     ) -> None:
-        first_step, rows = self.simulation.rows(key, kind, length, back)
-        self.simulation.send(key, None, first_step, rows, output, epoch=epoch, seconds=seconds)
+        first_step, rows = self.callers.rows(key, kind, length, back)
+        self.callers.send(key, None, first_step, rows, output, epoch=epoch, seconds=seconds)
 
     @rule(number=NUMBERS, session_id=SESSION_IDS, by_call=st.booleans())
     def close(self, number: int, session_id: str, by_call: bool) -> None:
         stream = None if by_call else self.stream(number)
-        self.simulation.close(stream, self.key(number, session_id))
+        self.callers.close(stream, self.key(number, session_id))
 
     @rule(key=KEYS)
     def reset(self, key: SessionKey) -> None:
-        self.simulation.reset(key)
+        self.callers.reset(key)
 
     @rule(key=KEYS, new_id=st.sampled_from(["a", "b", "d", ""]), at_step=st.sampled_from([0, 0, 2]))
     def fork(self, key: SessionKey, new_id: str, at_step: int) -> None:
-        self.simulation.fork(key, [new_id, "e"], at_step)
+        self.callers.fork(key, [new_id, "e"], at_step)
 
     @rule(key=KEYS)
     def export(self, key: SessionKey) -> None:
-        self.simulation.export(key)
+        self.callers.export(key)
 
     @rule(number=st.integers(0, 5), key=KEYS)
     def import_(self, number: int, key: SessionKey) -> None:
-        self.simulation.import_(number, key, 10.0)
+        self.callers.import_(number, key, 10.0)
 
     @rule(number=NUMBERS, session_id=SESSION_IDS)
     def detach(self, number: int, session_id: str) -> None:
-        self.simulation.detach(self.stream(number), session_id)
+        self.callers.detach(self.stream(number), session_id)
 
     @rule(number=NUMBERS)
     def keep_alive(self, number: int) -> None:
-        self.simulation.keep_alive(self.stream(number))
+        self.callers.keep_alive(self.stream(number))
 
     @rule(principal=st.sampled_from(PRINCIPALS), length=st.sampled_from([1, 5, 40]))
     def predict(self, principal: str, length: int) -> None:
-        self.simulation.predict(principal, length)
+        self.callers.predict(principal, length)
 
     @rule(length=st.sampled_from([1, 3, 8]), output=OUTPUTS, seconds=st.sampled_from([None, 0.5]))
     def predict_whole(self, length: int, output: OutputMode, seconds: float | None) -> None:
-        self.simulation.predict_whole(length, output, seconds)
+        self.callers.predict_whole(length, output, seconds)
 
     @rule(number=st.integers(0, 3))
     def give_up(self, number: int) -> None:
-        self.simulation.give_up(number)
+        self.callers.give_up(number)
 
     # --- the engine and time ---------------------------------------------------------------------
 
@@ -163,12 +166,12 @@ class ServerMachine(RuleBasedStateMachine):
     def tick(self) -> None:
         self.simulation.tick()
 
-    @precondition(lambda self: self.simulation.batch is None)
+    @precondition(lambda self: self.simulation.world.batch is None)
     @rule()
     def begin(self) -> None:
         self.simulation.begin()
 
-    @precondition(lambda self: self.simulation.batch is not None)
+    @precondition(lambda self: self.simulation.world.batch is not None)
     @rule()
     def finish(self) -> None:
         self.simulation.finish()
@@ -183,11 +186,11 @@ class ServerMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 9.0, 30.0, 100.0]))
     def advance(self, seconds: float) -> None:
-        self.simulation.rig.clock.advance(seconds)
+        self.simulation.world.rig.clock.advance(seconds)
 
     @rule(seconds=st.sampled_from([-3600.0, 3600.0]))
     def jump_wall(self, seconds: float) -> None:
-        self.simulation.rig.clock.jump_wall(seconds)
+        self.simulation.world.rig.clock.jump_wall(seconds)
 
     # --- what must hold --------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ def _play(seed: int) -> Counter[str]:
     except BaseException:
         print(f"\nreplay this run with CONVEYOR_SIM_SEED={seed}")
         raise
-    return player.simulation.ended
+    return player.simulation.world.ended
 
 
 @pytest.mark.parametrize("group", range(GROUPS))

@@ -104,9 +104,6 @@ class FakeEngine:
         self.memories[key][self._memories_made] = rows
         return self._memories_made
 
-    def read_memory(self, key: ModelKey, memory: int) -> bytes:
-        return self.memories[key][memory]
-
     def drop_memory(self, key: ModelKey, memory: int) -> None:
         del self.memories[key][memory]
 

@@ -4,7 +4,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-from conveyor_server.admission import Admission, Binding, Entry
+from conveyor_server.admission.admission import Admission, Binding, Entry
 from conveyor_server.config import LimitsConfig
 from conveyor_server.core import (
     Chunk,

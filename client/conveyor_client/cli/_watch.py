@@ -274,9 +274,12 @@ def _printed(watched: _Watched, console: Console) -> Generator[Callable[[], None
 def _pictures(
     html: Path | None, png: Path | None, grid: tuple[int, int] | None
 ) -> Callable[[_Watched], None]:
-    """Makes what writes the pictures that were asked for; fails now if nothing can draw them."""
+    """Makes what writes the pictures that were asked for; fails now if that cannot be."""
     if html is None and png is None:
         return lambda watched: None
+    for file in filter(None, (html, png)):
+        if not file.parent.is_dir():
+            fail(f"there is no folder {file.parent}")
     try:
         from conveyor_client.cli import _gates_page, _gates_picture
     except ImportError as error:

@@ -84,7 +84,7 @@ def exact_float32(name: str, tensor: Tensor) -> Tensor:
     """The same values as float32, in memory of their own.
 
     Raises:
-        UnsupportedModuleError: it is not made of floats, or float32 cannot hold one of them.
+        UnsupportedModuleError: it is not made of finite floats, or float32 cannot hold one of them.
     """
     plain = not tensor.is_quantized and tensor.layout == torch.strided
     if not plain or tensor.dtype not in (*_EXACT, torch.float64):
@@ -97,6 +97,8 @@ def exact_float32(name: str, tensor: Tensor) -> Tensor:
         raise refused(
             name, "is float64 and holds values that float32 does not; convert the model first"
         )
+    if not bool(single.isfinite().all()):
+        raise refused(name, "has a NaN or an infinity")
     return single
 
 
@@ -104,7 +106,7 @@ def tensor_of(name: str, array: np.ndarray[Any, Any]) -> Tensor:
     """`exact_float32` of a numpy array.
 
     Raises:
-        UnsupportedModuleError: it is not made of floats, or float32 cannot hold one of them.
+        UnsupportedModuleError: it is not made of finite floats, or float32 cannot hold one of them.
     """
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise refused(name, f"is of type {array.dtype}, expected floats")

@@ -118,6 +118,9 @@ def dataset(h5py: Any, file: Any, path: str, layer: str, shape: Shape) -> Tensor
         raise refused(layer, f"{path}: shape {list(found.shape)}, expected {list(shape)}")
     if np.dtype(found.dtype).kind != "f":
         raise refused(layer, f"{path} is of type {found.dtype}, expected floats")
+    # HDF5 makes up what was never written, as much of it as the structure asks for.
+    if found.id.get_storage_size() != found.nbytes:
+        raise refused(layer, f"{path} holds fewer bytes than its shape takes")
     return tensor_of(f"{layer}: {path}", np.asarray(found[()]))
 
 

@@ -83,6 +83,10 @@ class Graph:
             raise refused(
                 listed([name for name, _ in outputs]), "expected exactly one output of rows"
             )
+        passed = _stages(found[0][1])
+        for name, value in flows:
+            if value.stage not in passed:
+                raise refused(name, f"is not on the way to {found[0][0]}, which is an output too")
         return self._assembled(*found[0])
 
     # --- Walking ---------------------------------------------------------------------------------
@@ -196,12 +200,7 @@ class Graph:
             raise refused(name, "its last axis is not that of the features")
         if not flow.last and flow.time is not None and flow.time not in atoms:
             raise refused(name, "has lost the axis of time")
-        stages: list[Stage] = []
-        stage: Stage | None = flow.stage
-        while stage is not None:
-            stages.append(stage)
-            stage = stage.before
-        stages.reverse()
+        stages = _stages(flow)
         model = ImportedModel(notes=self._notes)
         for before, after in zip([None, *stages], stages, strict=False):
             if before is not None and after.kind not in _NEXT[before.kind]:
@@ -214,6 +213,16 @@ class Graph:
         if flow.last:
             model.notes.append(f"{name} is the last step's row; the bundle gives every step's")
         return model
+
+
+def _stages(flow: Flow) -> list[Stage]:
+    """What was passed, from the input on."""
+    stages: list[Stage] = []
+    stage: Stage | None = flow.stage
+    while stage is not None:
+        stages.append(stage)
+        stage = stage.before
+    return stages[::-1]
 
 
 def _add_stage(model: ImportedModel, stage: Stage) -> None:

@@ -32,6 +32,9 @@ from conveyor_models.importers.onnx_values import (
     regrouped,
 )
 
+TOKEN_BYTES: Final = 4
+"""Of the tokens that a bundle takes; a narrower type would change large ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -272,6 +275,8 @@ def cast(node: Node, inputs: Inputs) -> list[Value]:
         return [Known(value.array.astype(target))]
     if isinstance(value, Flow):
         if target.kind in "iu" and value.stage.kind == "input":
+            if target.itemsize < TOKEN_BYTES:
+                raise node.refused(f"tokens, to {target}, which does not hold all of them")
             return [replace(value, tokens=True)]
         if target != np.float32:
             raise node.refused(f"what flows, to {target}")

@@ -325,6 +325,10 @@ def _find_embedding(
             raise refused(found[0], "an nn.Embedding or an nn.Linear: say --embedding or --head")
     if len(found) > 1:
         raise refused(listed(sorted(found)), "say which is the nn.Embedding with --embedding")
+    if found and matrices[found[0]].shape[0] == reads:  # nn.Linear has no other shape there
+        raise refused(
+            found[0], "could be an nn.Linear before the recurrent layers; say --embedding if not"
+        )
     return found[0] if found else None
 
 

@@ -75,7 +75,8 @@ def _on_loopback(address: str) -> bool:
 
 def _check_tls(certificate: Path, key: Path) -> Finding:
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key, password=_no_passphrase)
     except OSError as error:  # ssl's own errors are such too
         return fail(
             "tls",
@@ -83,6 +84,11 @@ def _check_tls(certificate: Path, key: Path) -> Finding:
             "give a PEM chain and the private key that belongs to its first certificate",
         )
     return ok("tls", f"{certificate} and its key belong together")
+
+
+def _no_passphrase() -> str:
+    """Instead of a question on the terminal."""
+    raise OSError("the key is encrypted, and the server has no passphrase")
 
 
 def check_store(config: Config) -> Iterator[Finding]:
@@ -109,6 +115,13 @@ def check_ports(config: Config) -> Iterator[Finding]:
         if not address:
             yield ok("ports", f"{setting} is empty: there are no metrics")
             continue
+        if setting != "listen.address" and _same_port(address, config.listen.address):
+            yield fail(
+                "ports",
+                f"{setting} {address} is listen.address as well",
+                f"set {setting} to another port",
+            )
+            continue
         problem = bind_problem(address)
         if problem is None:
             yield ok("ports", f"{setting} {address} is free")
@@ -125,6 +138,11 @@ def check_ports(config: Config) -> Iterator[Finding]:
                 f"{setting} {address}: {(problem.strerror or str(problem)).lower()}",
                 f"set {setting} to an address of this machine and a port that you may use",
             )
+
+
+def _same_port(one: str, other: str) -> bool:
+    """Whether two addresses are one; port 0 is a free port each time."""
+    return one == other and one.rpartition(":")[2] != "0"
 
 
 def bind_problem(address: str) -> OSError | None:
@@ -221,12 +239,16 @@ def check_memory(config: Config, models: list[Model]) -> Iterator[Finding]:
         "limits.held_results_total_bytes_max": limits.held_results_total_bytes_max,
         "limits.inbox_bytes_max": limits.inbox_bytes_max,
     }
+    memories = {}
+    if any(model.info.memory_row_size for model in models):
+        memories = {"limits.memories_bytes_max": limits.memories_bytes_max}
+        parts |= memories
     try:
         report = about_device(config.engine.device)
     except DeviceError:
         return  # the check of the device says so
     if report.kind == "cuda":
-        yield _fits("the device", {"engine.slots": pools}, report.free_bytes)
+        yield _fits("the device", {"engine.slots": pools} | memories, report.free_bytes)
     else:
         parts["engine.slots"] = pools
     available = memory_bytes()

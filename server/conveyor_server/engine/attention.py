@@ -3,7 +3,8 @@
 `conveyor_models.attention` states the equations. A session's bits may not depend on its neighbours,
 nor on the lengths of their memories, so:
 
-* Works are taken together whose memories have the same width, a power of two.
+* Works are taken together whose memories have the same width, a power of two; not more of them
+  than a processor's cache holds, and large memories each for itself, without a copy.
 * Sums over rows and over columns are folded in halves, element by element: an order that is fixed
   whatever else is in the batch, on any device. What does not count is an exact zero.
 * The logistic function stands in for tanh, see `engine.functions`. v . tanh(u) is then
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -25,6 +27,11 @@ from conveyor_server.engine.memories import HeldMemory
 from conveyor_server.engine.packing import pad_blocks, pad_vector, padded, spread
 from conveyor_server.engine.products import Product, ProductFamily
 from conveyor_server.engine.trace import Tap
+
+GROUP_NUMBERS_MAX: Final = 2**18
+"""Of the keys, or of the rows, of the memories that are taken together: 1 MiB."""
+GROUP_NUMBERS_MAX_CUDA: Final = 2**24
+"""The same where a call costs more than what it computes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,22 +78,14 @@ class Attention:
         by_width: dict[int, list[int]] = {}
         for rank, memory in enumerate(memories):
             by_width.setdefault(memory.width, []).append(rank)
+        numbers_max = GROUP_NUMBERS_MAX_CUDA if self._score.is_cuda else GROUP_NUMBERS_MAX
+        columns = max(len(self._score), self.columns[1])
         groups: list[_Group] = []
         for width, ranks in by_width.items():
-            held = [memories[rank] for rank in ranks]
-            lengths = [memory.length for memory in held]
-            ends = torch.tensor(lengths, device=device)
-            beyond = torch.arange(width, device=device) >= ends[:, None]
-            groups.append(
-                _Group(
-                    ranks,
-                    lengths,
-                    torch.tensor(ranks, device=device),
-                    torch.stack([memory.keys for memory in held]),
-                    torch.stack([memory.rows for memory in held]),
-                    torch.zeros(beyond.shape, device=device).masked_fill_(beyond, -torch.inf),
-                )
-            )
+            together = max(1, numbers_max // (width * columns))
+            for start in range(0, len(ranks), together):
+                part = ranks[start : start + together]
+                groups.append(_group(part, [memories[rank] for rank in part], device))
         return MemoryBatch(self, groups)
 
     def query(self, h: Tensor) -> Tensor:
@@ -103,6 +102,25 @@ class Attention:
     def scale(self, z: Tensor, h: Tensor) -> Tensor:
         """z, scaled by the gate where there is one."""
         return z if self._gate is None else z * logistic_(self._gate.linear(h))
+
+
+def _group(ranks: list[int], held: Sequence[HeldMemory], device: torch.device) -> _Group:
+    lengths = [memory.length for memory in held]
+    ends = torch.tensor(lengths, device=device)
+    beyond = torch.arange(held[0].width, device=device) >= ends[:, None]
+    return _Group(
+        ranks,
+        lengths,
+        torch.tensor(ranks, device=device),
+        _stacked([memory.keys for memory in held]),
+        _stacked([memory.rows for memory in held]),
+        torch.zeros(beyond.shape, device=device).masked_fill_(beyond, -torch.inf),
+    )
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """One on top of the other; a single one is not copied."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
 class MemoryBatch:

@@ -50,7 +50,7 @@ def _compiled(signature: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         }
         try:
             return numba.njit(signature, cache=True, **options)(function)
-        except RuntimeError:  # no folder that a result could be kept in
+        except Exception:  # noqa: BLE001  no folder for results, a full one, a damaged file in it
             return numba.njit(signature, **options)(function)
 
     return decorate

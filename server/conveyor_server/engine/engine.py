@@ -152,11 +152,6 @@ class TorchEngine:
         with computing(self.device):
             return self._runners[key].memories.add(rows)
 
-    def read_memory(self, key: ModelKey, memory: int) -> bytes:
-        """See `Engine.read_memory`."""
-        with computing(self.device):
-            return self._runners[key].memories.read(memory)
-
     def drop_memory(self, key: ModelKey, memory: int) -> None:
         """See `Engine.drop_memory`."""
         self._runners[key].memories.drop(memory)

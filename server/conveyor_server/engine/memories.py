@@ -67,11 +67,6 @@ class Memories:
         self._held[self._made] = HeldMemory(length, wide[:width], keys)
         return self._made
 
-    def read(self, number: int) -> bytes:
-        """The rows that `add` took."""
-        held = self._held[number]
-        return held.rows[: held.length, : self._size].contiguous().cpu().numpy().tobytes()
-
     def drop(self, number: int) -> None:
         """Forgets a memory."""
         del self._held[number]

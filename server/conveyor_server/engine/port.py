@@ -115,10 +115,6 @@ class Engine(Protocol):
         """
         ...
 
-    def read_memory(self, key: ModelKey, memory: int) -> bytes:
-        """The rows that `add_memory` took."""
-        ...
-
     def drop_memory(self, key: ModelKey, memory: int) -> None:
         """Forgets a memory that no session attends over any more."""
         ...

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from conveyor_models import ModelSpec
+from conveyor_server.core import TraceMode
 from conveyor_server.engine.port import Prediction, Work
 from conveyor_server.engine.prediction import SequenceRunner
 from conveyor_server.engine.runner import ModelRunner
@@ -28,6 +29,8 @@ _SEQUENCE_STEPS = 9
 @torch.inference_mode()
 def same_bits(runner: ModelRunner, spec: ModelSpec) -> bool:
     """Runs sessions in one ragged batch, then each alone and step by step, and compares every bit.
+
+    Every other one of those steps is traced, for which compiled cells have another loop.
 
     Args:
         runner: Needs a free slot; its carries are left as they were.
@@ -90,11 +93,18 @@ def _run_together(runner: ModelRunner, works: Sequence[Work]) -> list[tuple[byte
 
 def _run_alone(runner: ModelRunner, works: Sequence[Work]) -> list[tuple[bytes, bytes]]:
     results: list[tuple[bytes, bytes]] = []
-    for work in works:
+    for number, work in enumerate(works):
         row_bytes = len(work.rows) // work.length
         steps = [
-            Work(work.slot, 1, work.rows[start : start + row_bytes], 1, work.memory)
-            for start in range(0, len(work.rows), row_bytes)
+            Work(
+                work.slot,
+                1,
+                work.rows[step * row_bytes : (step + 1) * row_bytes],
+                1,
+                work.memory,
+                TraceMode.FULL if (number + step) % 2 else TraceMode.NONE,
+            )
+            for step in range(work.length)
         ]
         outputs = [runner.run([step])[0].rows for step in steps]
         results.append((b"".join(outputs), runner.pool.read(work.slot)))

@@ -5,7 +5,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from conveyor.v1 import model_pb2, session_pb2
-from conveyor_server.admission import Admission
+from conveyor_server.admission.admission import Admission
 from conveyor_server.config import LimitsConfig
 from conveyor_server.core import (
     InputKind,

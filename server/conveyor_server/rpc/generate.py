@@ -3,8 +3,8 @@
 import asyncio
 
 from conveyor.v1 import session_pb2
-from conveyor_server.admission import check_model_name, check_session_id
-from conveyor_server.core import Chunk, ModelInfo, OpenRequest, OutputMode
+from conveyor_server.admission.fields import check_model_name, check_session_id
+from conveyor_server.core import Chunk, ModelInfo, OutputMode
 from conveyor_server.errors import (
     InvalidField,
     InvalidMemory,
@@ -13,7 +13,7 @@ from conveyor_server.errors import (
     StepResultNotHeld,
 )
 from conveyor_server.rpc.convert import memory_rows
-from conveyor_server.rpc.service import Context, Services
+from conveyor_server.rpc.service import Context, Services, session_for_call
 from conveyor_server.scheduler.generation import Generation, Made
 from conveyor_server.scheduler.sampling import Sampling
 
@@ -39,15 +39,9 @@ async def generate(
         if request.first_step > 1:
             raise InvalidField("first_step", "only with session_id")
         check_model_name(request.model)
-        wanted = OpenRequest(
-            caller, "", request.model, request.version, ephemeral=True, memory=memory
-        )
-        opened = await services.driver.call(lambda operations: operations.open(wanted))
-        session_id = opened.view.session_id
-        try:
-            await _Loop(services, caller, request, context, session_id).run()
-        finally:
-            services.driver.post(lambda operations: operations.discard(caller, session_id))
+        made = session_for_call(services, caller, request.model, request.version, memory)
+        async with made as view:
+            await _Loop(services, caller, request, context, view.session_id).run()
     else:
         raise InvalidField("target", "neither session_id nor model is set")
 

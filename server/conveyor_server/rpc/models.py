@@ -1,7 +1,7 @@
 """`conveyor.v1.ModelService`."""
 
 from conveyor.v1 import model_pb2, model_pb2_grpc
-from conveyor_server.admission import check_model_name, page_size
+from conveyor_server.admission.fields import check_model_name, page_size
 from conveyor_server.core import ModelInfo
 from conveyor_server.errors import InvalidField
 from conveyor_server.rpc.convert import model_message

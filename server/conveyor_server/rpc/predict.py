@@ -3,11 +3,11 @@
 import asyncio
 
 from conveyor.v1 import session_pb2
-from conveyor_server.admission import check_model_name
-from conveyor_server.core import Chunk, ModelInfo, OpenRequest, OutputMode, WholeSequence
+from conveyor_server.admission.fields import check_model_name
+from conveyor_server.core import Chunk, ModelInfo, OutputMode, WholeSequence
 from conveyor_server.errors import ConveyorError, InvalidMemory
 from conveyor_server.rpc.convert import memory_rows
-from conveyor_server.rpc.service import Services, Waiter
+from conveyor_server.rpc.service import Services, Waiter, session_for_call
 
 
 async def predict(
@@ -46,12 +46,9 @@ async def _on_a_session(
     """Runs it as one chunk of a session of its own, quantum by quantum, batched with others."""
     memory = services.admission.memory(memory_rows(request), request.rows)
     # The very version that the rows were checked against, whatever is the newest by then.
-    wanted = OpenRequest(
-        caller, "", model.key.name, model.key.version, ephemeral=True, memory=memory
-    )
+    name, version = model.key
     waiter = Waiter()
-    view = (await services.driver.call(lambda operations: operations.open(wanted))).view
-    try:
+    async with session_for_call(services, caller, name, version, memory) as view:
         services.driver.submit(
             Chunk(
                 session_id=view.session_id,
@@ -67,8 +64,6 @@ async def _on_a_session(
             )
         )
         answer = await waiter.wait()
-    finally:
-        services.driver.post(lambda operations: operations.discard(caller, view.session_id))
     return session_pb2.PredictResponse(
         version=view.model.key.version,
         rows_length=answer.rows_length,

@@ -1,14 +1,18 @@
 """What every servicer is given."""
 
 import asyncio
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from grpc import aio
 
-from conveyor_server.admission import Admission
+from conveyor_server.admission.admission import Admission
 from conveyor_server.clock import Clock
 from conveyor_server.config import Config
+from conveyor_server.core import MemoryRows, OpenMode, OpenRequest, SessionView
 from conveyor_server.engine.port import Engine
 from conveyor_server.errors import ConveyorError
 from conveyor_server.metrics import Metrics
@@ -35,6 +39,26 @@ class Services:
     device: str
     tracing: "Tracing | None" = None
     """None: nothing is traced."""
+
+
+@asynccontextmanager
+async def session_for_call(
+    services: Services, caller: str, model: str, version: int, memory: MemoryRows | None
+) -> AsyncGenerator[SessionView]:
+    """A session made for one call, which ends with it.
+
+    Raises:
+        ConveyorError: As `Operations.open`.
+    """
+    # It is named here: of a call that is cancelled while it is opened, nobody learns its name.
+    session_id = uuid.uuid4().hex
+    wanted = OpenRequest(
+        caller, session_id, model, version, OpenMode.CREATE, ephemeral=True, memory=memory
+    )
+    try:
+        yield (await services.driver.call(lambda operations: operations.open(wanted))).view
+    finally:
+        services.driver.post(lambda operations: operations.discard(caller, session_id))
 
 
 class Waiter:

@@ -3,7 +3,8 @@
 from collections.abc import AsyncIterator
 
 from conveyor.v1 import session_pb2, session_pb2_grpc
-from conveyor_server.admission import Binding, Entry, check_session_id, page_size
+from conveyor_server.admission.admission import Binding, Entry
+from conveyor_server.admission.fields import check_session_id, page_size
 from conveyor_server.core import SessionView
 from conveyor_server.errors import InvalidField, NotSupported, SessionSuperseded
 from conveyor_server.rpc.calls import principal

@@ -12,7 +12,7 @@ from typing import Any, Final
 from grpc import aio
 
 from conveyor.v1 import session_pb2
-from conveyor_server.admission import Binding, Entry, result_bytes
+from conveyor_server.admission.admission import Binding, Entry, result_bytes
 from conveyor_server.core import Chunk, OpenRequest, Piece
 from conveyor_server.errors import (
     ConveyorError,

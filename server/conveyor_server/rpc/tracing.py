@@ -19,7 +19,6 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from conveyor_server.config import TracingConfig
-from conveyor_server.core import Reply
 from conveyor_server.scheduler.traced import Ticked
 
 CALLER_KEYS: Final = ("traceparent", "tracestate")
@@ -57,7 +56,7 @@ class Tracing:
         self._provider.add_span_processor(processor or _exporting(config))
         self._tracer = self._provider.get_tracer("conveyor", version)
         self._propagator = TraceContextTextMapPropagator()
-        self._by_reply: dict[int, Call] = {}
+        self._by_asker: dict[int, Call] = {}
 
     def begin(self, service: str, method: str, sent: Metadata) -> "Call":
         """Begins the span of a call in its own task; the caller is told by its metadata."""
@@ -70,19 +69,24 @@ class Tracing:
             kind=trace.SpanKind.SERVER,
             attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": method},
         )
-        call = Call(span, self._by_reply)
-        _current.set(call if span.is_recording() else None)
+        call = Call(span, self._by_asker)
+        _current.set(call)
         return call
 
-    def sent(self, reply: Reply) -> None:
-        """See `Traces.sent`. What a tick sends, as a closed loop does, is of the call before."""
-        call = _current.get()
-        if call is not None and id(reply) not in self._by_reply:
-            call.bind(reply)
+    def sent(self, asker: object) -> None:
+        """See `Traces.sent`. What a tick sends, as a closed loop does, is of the call before.
 
-    def of(self, reply: Reply) -> "Call | None":
+        Calls that are not sampled are bound too: else what they feed back would become that of
+        whatever call the tick happens to run in.
+        """
+        call = _current.get()
+        if call is not None and id(asker) not in self._by_asker:
+            call.bind(asker)
+
+    def of(self, asker: object) -> "Call | None":
         """See `Traces.of`."""
-        return self._by_reply.get(id(reply))
+        call = self._by_asker.get(id(asker))
+        return call if call is not None and call.sampled else None
 
     def close(self) -> None:
         """Sends what is left, and gives up after `tracing.export_seconds_max`."""
@@ -92,20 +96,25 @@ class Tracing:
 
 
 class Call:
-    """One call's span. Implements `scheduler.traced.CallTrace`."""
+    """One call's span. Implements `scheduler.traced.CallTrace`.
 
-    def __init__(self, span: trace.Span, by_reply: dict[int, "Call"]) -> None:
-        """`by_reply` is where it is found while it lasts."""
+    Attributes:
+        sampled: Whether anything of it is written down.
+    """
+
+    def __init__(self, span: trace.Span, by_asker: dict[int, "Call"]) -> None:
+        """`by_asker` is where it is found while it lasts."""
         self._span = span
-        self._by_reply = by_reply
-        self._replies: list[Reply] = []
+        self._by_asker = by_asker
+        self._askers: list[object] = []
         self._ended = False
+        self.sampled = span.is_recording()
 
-    def bind(self, reply: Reply) -> None:
-        """Chunks that `reply` answers are this call's."""
+    def bind(self, asker: object) -> None:
+        """Chunks that `asker` answers are this call's."""
         if not self._ended:
-            self._replies.append(reply)  # which keeps its id from being another one's
-            self._by_reply[id(reply)] = self
+            self._askers.append(asker)  # which keeps its id from being another one's
+            self._by_asker[id(asker)] = self
 
     def queued(self, session_id: str, first_step: int, waited_seconds: float) -> None:
         """See `CallTrace.queued`."""
@@ -136,9 +145,9 @@ class Call:
     def end(self, code: grpc.StatusCode, reason: str = "") -> None:
         """Ends the span with the call's status and, if it was refused, the reason."""
         self._ended = True
-        for reply in self._replies:
-            del self._by_reply[id(reply)]
-        self._replies.clear()
+        for asker in self._askers:
+            del self._by_asker[id(asker)]
+        self._askers.clear()
         self._span.set_attribute("rpc.grpc.status_code", code.value[0])
         if reason:
             self._span.set_attribute("conveyor.reason", reason)

@@ -6,13 +6,10 @@ queue as a barrier.
 """
 
 import logging
-import uuid
 from collections.abc import Callable, Container, Sequence
-from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from conveyor_server.core import (
-    STEP_MAX,
     Durability,
     ModelInfo,
     ModelKey,
@@ -25,28 +22,23 @@ from conveyor_server.core import (
     WholeSequence,
 )
 from conveyor_server.errors import (
-    CheckpointNotRetained,
     ConveyorError,
     Internal,
     InvalidField,
     ModelNotFound,
-    ModelNotStreamable,
     NotSupported,
     ServerDraining,
     SessionClosed,
     SessionExists,
     SessionMismatch,
-    SessionQuarantined,
-    SessionsLimit,
     SessionSuperseded,
-    SnapshotIncompatible,
 )
+from conveyor_server.scheduler.copies import Copies
+from conveyor_server.scheduler.creation import Creation, check_streamable
 from conveyor_server.scheduler.scheduler import Scheduler
-from conveyor_server.sessions.held import HeldResults
-from conveyor_server.sessions.memory import SharedMemory, check_memory, check_memory_rows
+from conveyor_server.sessions.memory import check_memory
 from conveyor_server.sessions.session import Barrier, Session
 from conveyor_server.sessions.tokens import check_token, make_token
-from conveyor_server.store.checkpoint import Checkpoint, Header, check_fits, decode, encode
 
 T_contra = TypeVar("T_contra", contravariant=True)
 _log = logging.getLogger(__name__)
@@ -71,6 +63,8 @@ class Operations:
         """`incarnation` names this life of the server's memory; tokens of another are refused."""
         self._scheduler = scheduler
         self._incarnation = incarnation
+        self._creation = Creation(scheduler)
+        self._copies = Copies(scheduler, self._creation)
         self.draining = False
 
     @property
@@ -248,18 +242,7 @@ class Operations:
         def run(session: Session) -> None:
             if self.draining:
                 raise ServerDraining
-            _check_copyable(session)
-            if at_step and at_step != session.applied:
-                raise CheckpointNotRetained(
-                    f"session {session_id!r} is at step {session.applied}, not at {at_step}",
-                    applied_step=session.applied,
-                )
-            ids = [self._free_id(principal, new_id) for new_id in new_session_ids]
-            self._scheduler.sessions.check_room(principal, len(ids))
-            checkpoint = self._scheduler.residency.checkpoint(session)
-            if session.applied:
-                self._check_host_room(checkpoint, principal, ids)
-            copies = [self._copy(session, new_id, checkpoint.carry) for new_id in ids]
+            copies = self._copies.fork(session, new_session_ids, at_step)
             future.set_result([copy.view(self._now) for copy in copies])
 
         self._after_queue(principal, session_id, future, run)
@@ -270,11 +253,7 @@ class Operations:
         """Takes a snapshot."""
 
         def run(session: Session) -> None:
-            _check_copyable(session)
-            checkpoint = self._scheduler.residency.checkpoint(session)
-            memory = b"" if session.memory is None else session.memory.rows
-            header = replace(checkpoint.header, principal="", memory_bytes=len(memory))
-            snapshot = encode(Checkpoint(header, checkpoint.carry, memory))
+            snapshot = self._copies.export(session)
             future.set_result((session.view(self._now), snapshot))
 
         self._after_queue(principal, session_id, future, run)
@@ -290,16 +269,7 @@ class Operations:
         """
         if self.draining:
             raise ServerDraining
-        checkpoint = decode(snapshot)
-        model = self._model_of(checkpoint.header)
-        _check_streamable(model)
-        check_fits(checkpoint, model)
-        memory = self._import_memory(checkpoint, model)
-        new_id = self._free_id(principal, session_id or checkpoint.header.session_id)
-        self._scheduler.sessions.check_room(principal)
-        self._check_host_room(checkpoint, principal, [new_id])
-        session = self._new_session(principal, new_id, model, idle_seconds, memory=memory)
-        self._scheduler.residency.place(session, checkpoint.carry, checkpoint.header.step)
+        session = self._copies.import_(principal, snapshot, session_id, idle_seconds)
         return session.view(self._now)
 
     # --- helpers ---------------------------------------------------------------------------------
@@ -338,17 +308,17 @@ class Operations:
                 "model", "there is no such session, and to create one a model is needed"
             )
         model = self._scheduler.models.resolve(request.model, request.version)
-        _check_streamable(model)
+        check_streamable(model)
         check_memory(model, request.memory)
         self._scheduler.sessions.check_room(request.principal)
-        session = self._new_session(
+        session = self._creation.session(
             request.principal,
-            self._free_id(request.principal, request.session_id),
+            self._creation.free_id(request.principal, request.session_id),
             model,
             request.idle_seconds or self._scheduler.limits.idle_seconds_default,
             labels=request.labels,
             ephemeral=request.ephemeral,
-            memory=self._new_memory(model, request.memory.rows if request.memory else b""),
+            memory=self._creation.memory(model, request.memory.rows if request.memory else b""),
         )
         session.owner = owner
         return self._opened(session, resumed=False)
@@ -394,115 +364,3 @@ class Operations:
     def _opened(self, session: Session, *, resumed: bool) -> Opened:
         token = make_token(session.session_id, session.epoch, self._incarnation)
         return Opened(session.view(self._now), resumed, token)
-
-    def _new_session(
-        self,
-        principal: str,
-        session_id: str,
-        model: ModelInfo,
-        idle_seconds: float,
-        *,
-        labels: tuple[tuple[str, str], ...] = (),
-        ephemeral: bool = False,
-        memory: SharedMemory | None = None,
-    ) -> Session:
-        limits = self._scheduler.limits
-        now = self._now
-        session = Session(
-            session_id=session_id,
-            principal=principal,
-            model=model,
-            idle_seconds=min(idle_seconds, limits.idle_seconds_max),
-            lifetime_seconds=limits.lifetime_seconds_max,
-            created_monotonic=now,
-            created_wall=self._scheduler.clock.wall(),
-            active_monotonic=now,
-            held=HeldResults(limits.held_results_steps_max, limits.held_results_bytes_max),
-            labels=labels,
-            ephemeral=ephemeral,
-            memory=memory,
-        )
-        self._scheduler.sessions.add(session)
-        self._scheduler.memories.attend(memory)
-        self._scheduler.models.session_began(model.key)
-        return session
-
-    def _new_memory(self, model: ModelInfo, rows: bytes) -> SharedMemory | None:
-        """What a session attends over that was forked from none; None without attention."""
-        if not rows:
-            return None
-        self._scheduler.memories.check_room(rows)
-        return self._scheduler.memories.make(model, rows)
-
-    def _import_memory(self, checkpoint: Checkpoint, model: ModelInfo) -> SharedMemory | None:
-        if checkpoint.memory:
-            check_memory_rows(model, len(checkpoint.memory) // model.memory_row_bytes)
-        return self._new_memory(model, checkpoint.memory)
-
-    def _check_host_room(
-        self, checkpoint: Checkpoint, principal: str, new_ids: Sequence[str]
-    ) -> None:
-        """Refuses copies that others would have to be evicted for."""
-        header = replace(
-            checkpoint.header,
-            principal=principal,
-            session_id=max(new_ids, key=len),
-            epoch=STEP_MAX,  # as long as it can be written
-            memory_bytes=0,
-        )
-        size = len(encode(Checkpoint(header, checkpoint.carry)))
-        if len(new_ids) * size > self._scheduler.host_room_bytes:
-            raise SessionsLimit(
-                "the server has no room for the state of so many more sessions",
-                limit="limits.host_state_bytes_max",
-                maximum=self._scheduler.limits.host_state_bytes_max,
-            )
-
-    def _copy(self, source: Session, session_id: str, carry: bytes) -> Session:
-        copy = self._new_session(
-            source.principal,
-            session_id,
-            source.model,
-            source.idle_seconds,
-            labels=source.labels,
-            memory=source.memory,
-        )
-        if source.applied:
-            self._scheduler.residency.place(copy, carry, source.applied)
-            copy.held.take_newest(source.held)
-            self._scheduler.held.update(copy.key, copy.held)
-        return copy
-
-    def _free_id(self, principal: str, session_id: str) -> str:
-        if not session_id:
-            return uuid.uuid4().hex
-        if self._scheduler.sessions.find((principal, session_id)) is not None:
-            raise SessionExists(f"there is a session {session_id!r} already")
-        return session_id
-
-    def _model_of(self, header: Header) -> ModelInfo:
-        for model in self._scheduler.models:
-            if model.digest == header.model_digest and model.key.name == header.model:
-                return model
-        raise SnapshotIncompatible(
-            f"no version of model {header.model!r} here has digest {header.model_digest}"
-        )
-
-
-def _check_streamable(model: ModelInfo) -> None:
-    if not model.streamable:
-        layers = ", ".join(
-            f"{number} ({layer.direction})"
-            for number, layer in enumerate(model.layers)
-            if layer.direction != "forward"
-        )
-        raise ModelNotStreamable(
-            f"model {model.key.name!r} has layers that run from the end of a sequence: {layers};"
-            " use Predict",
-            layers=layers,
-        )
-
-
-def _check_copyable(session: Session) -> None:
-    if session.quarantined:
-        raise SessionQuarantined(f"session {session.session_id!r} is quarantined")

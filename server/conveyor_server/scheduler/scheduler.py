@@ -20,10 +20,6 @@ from conveyor_server.errors import (
     SessionEnded,
     SessionEvicted,
     SessionExpired,
-    SessionMismatch,
-    SessionQuarantined,
-    SessionSuperseded,
-    StepsInFlightLimit,
 )
 from conveyor_server.metrics import Metrics
 from conveyor_server.scheduler.batching import ReadyQueues
@@ -31,6 +27,7 @@ from conveyor_server.scheduler.inbox import Inbox
 from conveyor_server.scheduler.memories import Memories
 from conveyor_server.scheduler.models import ModelTable
 from conveyor_server.scheduler.predictions import Predictions, Slice
+from conveyor_server.scheduler.refusals import check_arrival, check_in_time, quarantined
 from conveyor_server.scheduler.residency import Residency
 from conveyor_server.sessions.held import HeldBudget
 from conveyor_server.sessions.session import Barrier, Session
@@ -186,7 +183,7 @@ class Scheduler:
                 head.run(session)
                 continue
             if session.quarantined:
-                self._fail_head(session, head, _quarantined(session))
+                self._fail_head(session, head, quarantined(session))
                 continue
             try:
                 piece = session.settle(head)
@@ -276,7 +273,7 @@ class Scheduler:
     def _arrive(self, chunk: Chunk) -> None:
         try:
             session = self.sessions.get((chunk.principal, chunk.session_id), self._now)
-            self._check_arrival(session, chunk)
+            check_arrival(session, chunk, self.limits.steps_in_flight_max)
         except ConveyorError as error:
             self.inbox.finished(chunk)
             chunk.reply.failed(chunk, chunk.first_step, error)
@@ -286,24 +283,6 @@ class Scheduler:
         session.queue.append(chunk)
         if len(session.queue) == 1:
             self.advance(session)
-
-    def _check_arrival(self, session: Session, chunk: Chunk) -> None:
-        if chunk.epoch and chunk.epoch != session.epoch:
-            raise SessionSuperseded(f"session {session.session_id!r} was opened elsewhere since")
-        if chunk.handle and chunk.reply is not session.owner:
-            raise SessionSuperseded(f"session {session.session_id!r} was given back by its stream")
-        if chunk.model is not session.model:
-            raise SessionMismatch(f"session {session.session_id!r} is on another model now")
-        if session.quarantined:
-            raise _quarantined(session)
-        # A session made for one call is bounded by that call's own limit.
-        in_flight = 0 if session.ephemeral else session.steps_in_flight + chunk.length
-        if in_flight > self.limits.steps_in_flight_max:
-            raise StepsInFlightLimit(
-                f"session {session.session_id!r} has {session.steps_in_flight} steps in flight",
-                limit="limits.steps_in_flight_max",
-                maximum=self.limits.steps_in_flight_max,
-            )
 
     def _expire_leases(self) -> None:
         for session in self.sessions.expired(self._now):
@@ -341,7 +320,7 @@ class Scheduler:
                 chunk = session.queue[0]
                 assert isinstance(chunk, Chunk)
                 try:
-                    self._check_in_time(chunk)
+                    check_in_time(chunk, self._now)
                     session.waits_for_slot = not self.residency.bring_in(session, selected, victims)
                 except ConveyorError as error:
                     self._refuse(session, chunk, error)
@@ -377,11 +356,6 @@ class Scheduler:
         memory = 0 if session.memory is None else session.memory.number
         batch.works.append(Work(session.slot, steps, rows, outputs, memory, chunk.trace))
         batch.multiply_adds += steps * model.step_multiply_adds
-
-    def _check_in_time(self, chunk: Chunk) -> None:
-        due = chunk.deadline_seconds
-        if due is not None and not chunk.done and self._now > due:
-            raise DeadlineExceeded("the chunk was not begun within its time; it was not run")
 
     def _refuse(self, session: Session, chunk: Chunk, error: ConveyorError) -> None:
         """A chunk cannot run in this tick, and the others can."""
@@ -428,11 +402,3 @@ class Scheduler:
     def _finished(self, session: Session, chunk: Chunk) -> None:
         session.steps_in_flight -= chunk.length
         self.inbox.finished(chunk)
-
-
-def _quarantined(session: Session) -> SessionQuarantined:
-    return SessionQuarantined(
-        f"session {session.session_id!r} is quarantined: after step {session.applied} its carry"
-        " became non-finite or was lost; reset or close it",
-        applied_step=session.applied,
-    )

@@ -5,7 +5,7 @@ They stand in for the plain ones where calls are traced, so that the plain ones 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from conveyor_server.core import Chunk, Reply
 from conveyor_server.errors import ConveyorError
@@ -43,15 +43,32 @@ class CallTrace(Protocol):
 
 
 class Traces(Protocol):
-    """Which call a chunk belongs to."""
+    """Which call a chunk belongs to.
 
-    def sent(self, reply: Reply) -> None:
-        """The call under way sends chunks that are answered by `reply`."""
+    A call is known by what its chunks are answered by, or what stands behind that: one object for
+    each call, however many chunks it sends.
+    """
+
+    def sent(self, asker: object) -> None:
+        """The call under way sends chunks that are answered by `asker`."""
         ...
 
-    def of(self, reply: Reply) -> CallTrace | None:
-        """The call that chunks answered by `reply` belong to, if it is traced."""
+    def of(self, asker: object) -> CallTrace | None:
+        """The call that chunks answered by `asker` belong to, if it is traced."""
         ...
+
+
+@runtime_checkable
+class OneOfMany(Protocol):
+    """A reply that is made anew for each message of a call."""
+
+    waiting: object
+    """What there is one of for the whole call."""
+
+
+def asker(reply: Reply) -> object:
+    """What the call of a chunk is known by."""
+    return reply.waiting if isinstance(reply, OneOfMany) else reply
 
 
 class TracedDriver(Driver):
@@ -64,7 +81,7 @@ class TracedDriver(Driver):
 
     def submit(self, chunk: Chunk) -> None:
         """See `Driver.submit`."""
-        self._traces.sent(chunk.reply)
+        self._traces.sent(asker(chunk.reply))
         super().submit(chunk)
 
 
@@ -124,6 +141,6 @@ class TracedScheduler(Scheduler):
         for session, work in zip(batch.sessions, batch.works, strict=True):
             chunk = session.queue[0]
             assert isinstance(chunk, Chunk)
-            trace = self._traces.of(chunk.reply)
+            trace = self._traces.of(asker(chunk.reply))
             if trace is not None:
                 yield chunk, work.length, trace

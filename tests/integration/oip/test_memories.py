@@ -168,6 +168,29 @@ async def test_a_wrong_memory_is_refused_and_changes_nothing(
         assert (view.applied_step, view.memory_rows) == (1, 3)
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["call", "stream"])
+@pytest.mark.parametrize("wrong", ["NaN", "no step", "too few bytes"])
+async def test_a_start_with_wrong_steps_leaves_the_live_sequence_as_it_was(
+    protocol: Protocol, server: ServerProcess, wrong: str, *, streamed: bool
+) -> None:
+    number, memory = next(IDS), random(3, 5)
+    infer = protocol.stub.ModelInfer
+    await infer(looking(random(2, 3), number, memory, start=True))
+    x = {"NaN": np.full((1, 3), np.nan, np.float32), "no step": random(0, 3)}.get(wrong)
+    message = looking(random(1, 3) if x is None else x, number, random(4, 5), start=True)
+    if wrong == "too few bytes":
+        message.raw_input_contents[0] = b"\0\0\0\0"
+    if streamed:
+        async with protocol.stream() as stream:
+            await stream.call.write(message)
+            assert (await stream.read()).error_message
+    else:
+        assert (await refused(infer(message))).code == "INVALID_ARGUMENT"
+    async with Wire(server.address) as wire:
+        view = await wire.get(f"oip.i:looking:{number}")
+        assert (view.applied_step, view.memory_rows) == (2, 3)
+
+
 async def test_a_memory_is_for_the_start_and_for_attention_only(protocol: Protocol) -> None:
     x, number, memory = random(1, 3), next(IDS), random(3, 5)
     infer = protocol.stub.ModelInfer

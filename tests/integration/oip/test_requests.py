@@ -127,6 +127,16 @@ WRONG: dict[str, tuple[dict[str, Any], Refusal, str]] = {
     "too few dimensions": ({"shape": (3,)}, INVALID_SHAPE, "unexpected shape"),
     "too many dimensions": ({"shape": (1, 1, 1, 3)}, INVALID_SHAPE, "unexpected shape"),
     "a negative dimension": ({"shape": (1, -1, 3)}, INVALID_SHAPE, "unexpected shape"),
+    "half an element of FP64": (
+        {"datatype": "FP64", "raw": bytes(8 * 3 + 4)},
+        INVALID_SHAPE,
+        "28 bytes are not whole elements",
+    ),
+    "half an element of BF16": (
+        {"datatype": "BF16", "raw": bytes(2 * 3 + 1)},
+        INVALID_SHAPE,
+        "7 bytes are not whole elements",
+    ),
     "too few bytes": ({"raw": ROW.tobytes()[:-1]}, INVALID_SHAPE, "12 bytes"),
     "too many bytes": ({"raw": ROW.tobytes() * 2}, INVALID_SHAPE, "not 24"),
     "half an element": ({"datatype": "INT64", "raw": b"12345"}, INVALID_SHAPE, "not whole"),

@@ -195,6 +195,18 @@ async def test_what_a_cancelled_call_sent_is_dropped(
     assert (await wire.get(f"oip.i:heavy:{number}")).applied_step == 1 + len(HEAVY)
 
 
+async def test_a_session_of_another_model_is_no_sequence_of_this_one(
+    protocol: Protocol, wire: Wire
+) -> None:
+    number = next(IDS)
+    session_id = f"oip.i:tiny:{number}"
+    await wire.open("heavy", session_id=session_id)
+    assert NOT_STARTED in (await refused(protocol.infer("tiny", ROW, number))).message
+    out = await protocol.infer("tiny", ROW, number, start=True)
+    assert (out.model_name, output(out).tobytes()) == ("tiny", await wire.predict("tiny", ROW))
+    assert (await wire.get(session_id)).model == "tiny"
+
+
 async def test_a_request_that_does_not_begin_in_time_is_not_run(
     protocol: Protocol, wire: Wire
 ) -> None:
@@ -326,12 +338,15 @@ async def test_failures_are_in_the_statistics(start_server: StartServer) -> None
             await stream.send("tiny", ROW, 1, raw=b"")
             await stream.send("tiny", ROW, 1)
             await stream.end()
+        async with protocol.stream(triton_grpc_error="true") as stream:
+            await stream.send("tiny", ROW, 1, raw=b"")
+            await refused(stream.end())
         wanted = inference_pb2.ModelStatisticsRequest(name="tiny", version="1")
         (found,) = (await protocol.stub.ModelStatistics(wanted)).model_stats
     assert (found.name, found.version) == ("tiny", "1")
     assert (found.inference_count, found.execution_count) == (2, 2)
     assert found.inference_stats.success.count == found.inference_stats.queue.count == 2
-    assert found.inference_stats.fail.count == 2
+    assert found.inference_stats.fail.count == 3
     assert found.inference_stats.fail.ns > 0
     assert found.batch_stats[0].compute_infer == found.inference_stats.compute_infer
     assert abs(found.last_inference / 1e3 - time.time()) < 60

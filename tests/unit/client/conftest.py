@@ -3,7 +3,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from conveyor_client import Options, Reconnect, aio
-from tests.unit.client.fake import FakeServer, ServerThread
+from tests.unit.client.fake.server import FakeServer, ServerThread
 
 QUICK = Options(
     timeout_seconds=10.0,

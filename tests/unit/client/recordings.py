@@ -6,7 +6,8 @@ from conveyor.v1 import model_pb2
 from conveyor_client._nouns import ModelInfo, model_from_proto
 from conveyor_client._trace import TracePiece, trace_from_pieces
 from conveyor_client.cli._recording import Recording, Seen
-from tests.unit.client.fake import COUNTER, LOOKER, TOKENS, State, make_trace
+from tests.unit.client.fake.models import COUNTER, LOOKER, TOKENS
+from tests.unit.client.fake.sessions import State, make_trace
 
 MEMORY = np.ones((6, 3), np.float32)
 FULL, SUMMARY = 2, 1

@@ -9,7 +9,7 @@ import pytest
 import conveyor_client
 from conveyor_client import InvalidShape, ModelNotFound, NotOpen, SessionNotFound, StepGap
 from tests.unit.client.conftest import QUICK
-from tests.unit.client.fake import FakeServer
+from tests.unit.client.fake.server import FakeServer
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from conveyor_client import (
     aio,
 )
 from tests.unit.client.conftest import QUICK
-from tests.unit.client.fake import FakeServer, Refusal
+from tests.unit.client.fake.refusals import Refusal
+from tests.unit.client.fake.server import FakeServer
 
 
 async def call_everything(client: aio.Client, server: FakeServer) -> None:

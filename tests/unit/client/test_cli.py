@@ -9,7 +9,8 @@ from typer.testing import CliRunner, Result
 
 from conveyor_client.cli._app import app
 from conveyor_client.cli._common import remaining_text
-from tests.unit.client.fake import LOOKER, TOKENS, FakeServer
+from tests.unit.client.fake.models import LOOKER, TOKENS
+from tests.unit.client.fake.server import FakeServer
 
 runner = CliRunner()
 
@@ -231,7 +232,8 @@ def test_bench_measures_in_both_loops(invoke_json, threaded_server: FakeServer, 
 
 
 def test_bench_counts_errors_by_reason(conveyor, threaded_server: FakeServer) -> None:
-    from tests.unit.client.fake import Refusal, State
+    from tests.unit.client.fake.refusals import Refusal
+    from tests.unit.client.fake.sessions import State
 
     def refuse(state: State, first_step: int) -> None:
         raise Refusal("STEP_RESULT_NOT_HELD")

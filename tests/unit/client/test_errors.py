@@ -16,7 +16,7 @@ from conveyor_client._status import (
     error_from_call,
     error_from_status,
 )
-from tests.unit.client.fake import make_status
+from tests.unit.client.fake.refusals import make_status
 
 REASONS = [
     name.removeprefix("ERROR_REASON_")

@@ -13,7 +13,7 @@ from conveyor_client.cli._gates_page import page
 from conveyor_client.cli._gates_panels import alike_together, sections_of
 from conveyor_client.cli._gates_picture import figure_of, png, section_pngs
 from conveyor_client.cli._recording import Recording
-from tests.unit.client.fake import attention_weights, gate_values
+from tests.unit.client.fake.models import attention_weights, gate_values
 from tests.unit.client.recordings import COUNTER, LOOKER, SUMMARY, record, speller
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"

@@ -12,7 +12,7 @@ from conveyor_client.cli._gates_lines import line_of
 from conveyor_client.cli._gates_view import GatesView
 from conveyor_client.cli._recording import Recording, symbol
 from conveyor_client.cli._scales import scale_of
-from tests.unit.client.fake import attention_weights, gate_values
+from tests.unit.client.fake.models import attention_weights, gate_values
 from tests.unit.client.recordings import COUNTER, LOOKER, SUMMARY, record, speller
 
 

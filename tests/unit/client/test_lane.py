@@ -7,8 +7,8 @@ from typing import Any, cast
 
 from conveyor.v1 import session_pb2
 from conveyor_client import Options
+from conveyor_client._chunk import Chunk
 from conveyor_client._lane import Lane
-from conveyor_client._ledger import Chunk
 
 STEPS = 10_000
 

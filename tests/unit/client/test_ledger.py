@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from conveyor.v1 import session_pb2
 from conveyor_client import DataLoss, NonFiniteInput, SessionSuperseded, StepGap, StepResultNotHeld
-from conveyor_client._ledger import Chunk, Ledger, Window
+from conveyor_client._chunk import Chunk
+from conveyor_client._ledger import Ledger, Window
 from conveyor_client._trace import TracePiece, trace_from_pieces
 
 ALL = session_pb2.OUTPUT_MODE_ALL

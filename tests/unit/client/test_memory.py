@@ -7,7 +7,8 @@ import conveyor_client
 from conveyor.v1 import session_pb2
 from conveyor_client import InvalidMemory, MessageTooLarge, NonFiniteInput, aio
 from tests.unit.client.conftest import QUICK
-from tests.unit.client.fake import LOOKER, FakeServer
+from tests.unit.client.fake.models import LOOKER
+from tests.unit.client.fake.server import FakeServer
 
 MEMORY = np.arange(12.0).reshape(4, 3)
 """Its mean is 5.5, which the model adds to its sums."""

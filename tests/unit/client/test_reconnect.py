@@ -23,7 +23,9 @@ from conveyor_client import (
     aio,
 )
 from tests.unit.client.conftest import QUICK
-from tests.unit.client.fake import FakeServer, Refusal, State, World, make_status, until
+from tests.unit.client.fake.refusals import Refusal, make_status
+from tests.unit.client.fake.server import FakeServer, until
+from tests.unit.client.fake.sessions import State, World
 
 
 def assert_each_step_ran_once(world: World) -> None:

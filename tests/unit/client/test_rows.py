@@ -11,7 +11,7 @@ from conveyor_client import InvalidMemory, NonFiniteInput, TokenOutOfRange
 from conveyor_client._nouns import ModelInfo, model_from_proto
 from conveyor_client._policy import Reconnect
 from conveyor_client._rows import RowCodec, pack_memory
-from tests.unit.client.fake import COUNTER, TOKENS
+from tests.unit.client.fake.models import COUNTER, TOKENS
 
 FLOATS = RowCodec(model_from_proto(COUNTER))
 INTS = RowCodec(model_from_proto(TOKENS))

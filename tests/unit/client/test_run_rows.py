@@ -10,7 +10,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from conveyor_client.cli._app import app
-from tests.unit.client.fake import FakeServer, Refusal, State
+from tests.unit.client.fake.refusals import Refusal
+from tests.unit.client.fake.server import FakeServer
+from tests.unit.client.fake.sessions import State
 
 OUTPUT = "left,right\n"
 

@@ -20,7 +20,9 @@ from conveyor_client import (
     aio,
 )
 from tests.unit.client.conftest import QUICK
-from tests.unit.client.fake import FakeServer, Refusal, State, until
+from tests.unit.client.fake.refusals import Refusal
+from tests.unit.client.fake.server import FakeServer, until
+from tests.unit.client.fake.sessions import State
 
 
 async def test_one_step_gives_a_row_and_a_chunk_gives_rows(client: aio.Client) -> None:

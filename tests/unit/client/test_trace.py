@@ -9,14 +9,9 @@ from conveyor_client import InvalidShape, NotSupported, ServerError, Trace, aio
 from conveyor_client._nouns import TraceMode
 from conveyor_client._trace import TracePiece, trace_from_pieces
 from tests.unit.client.conftest import QUICK
-from tests.unit.client.fake import (
-    LOOKER,
-    FakeServer,
-    State,
-    attention_weights,
-    gate_values,
-    make_trace,
-)
+from tests.unit.client.fake.models import LOOKER, attention_weights, gate_values
+from tests.unit.client.fake.server import FakeServer
+from tests.unit.client.fake.sessions import State, make_trace
 
 MEMORY = np.arange(12.0).reshape(4, 3)
 UNITS = {"gru": 4, "lstm": 5}

@@ -17,7 +17,9 @@ from conveyor.v1 import session_pb2
 from conveyor_client._nouns import model_from_proto
 from conveyor_client.cli._app import app
 from conveyor_client.cli._feeding import Pace, Text
-from tests.unit.client.fake import LOOKER, TOKENS, FakeServer, State, gate_values
+from tests.unit.client.fake.models import LOOKER, TOKENS, gate_values
+from tests.unit.client.fake.server import FakeServer
+from tests.unit.client.fake.sessions import State
 from tests.unit.client.recordings import speller
 
 HEAD = 2  # lines before the first step
@@ -204,11 +206,17 @@ def test_a_bad_row_ends_the_watching_and_the_picture_shows_the_rows_before(
     assert "steps 1 to 2" in html.read_text(encoding="utf-8")
 
 
-def test_a_picture_that_cannot_be_written_is_one_line(watch) -> None:
+def test_a_picture_that_cannot_be_written_is_one_line(watch, tmp_path: Path) -> None:
+    result = watch("tokens", "--text", "a", "--png", str(tmp_path), status=1)
+    assert result.stderr == f"error: [Errno 21] Is a directory: '{tmp_path}'\n"
+
+
+def test_a_picture_that_has_no_folder_is_refused_before_anything_runs(
+    watch, threaded_server: FakeServer
+) -> None:
     result = watch("tokens", "--text", "a", "--png", "/nowhere/gates.png", status=1)
-    assert result.stderr.splitlines() == [
-        "error: [Errno 2] No such file or directory: '/nowhere/gates.png'"
-    ]
+    assert result.stderr == "error: there is no folder /nowhere\n"
+    assert not threaded_server.world.calls["StreamSteps"]
 
 
 def test_without_matplotlib_the_extra_is_named_before_anything_runs(

@@ -199,6 +199,10 @@ HARMFUL: dict[str, tuple[Callable[[Any], None], str]] = {
         lambda group: group.create_dataset("0", (2**20, 2**18), "f4", chunks=(1024, 1024)),
         "is not plain",
     ),
+    "a dataset that was never written": (
+        lambda group: group.create_dataset("0", (3, 20), "f4"),
+        "holds fewer bytes",
+    ),
     "another shape": (
         lambda group: group.create_dataset("0", data=np.zeros((4, 20), "f4")),
         r"shape \[4, 20\], expected \[3, 20\]",

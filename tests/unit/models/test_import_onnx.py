@@ -573,6 +573,35 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
         lambda: one(given={"W": np.ones((1, 11, 4), np.float32)}),
         "cell: W: .*does not fit",
     ),
+    "a head on the last step beside all steps": (
+        lambda: graph_model(
+            [
+                helper.make_node("LSTM", ["x", "W", "R"], ["y", "h"], "cell", hidden_size=3),
+                helper.make_node("Squeeze", ["y", "one"], ["rows"]),
+                helper.make_node("Squeeze", ["h", "zero"], ["last"]),
+                helper.make_node("MatMul", ["last", "M"], ["class"], "head"),
+            ],
+            [("x", TensorProto.FLOAT, ["t", 1, 4])],
+            ["rows", "class"],
+            {name: weights("LSTM", 3, 4)[name] for name in "WR"}
+            | {"one": np.array([1]), "zero": np.array([0]), "M": np.ones((3, 2), np.float32)},
+        ),
+        "class: is not on the way to rows",
+    ),
+    "tokens cut to a byte": (
+        lambda: graph_model(
+            [
+                helper.make_node("Cast", ["x"], ["bytes"], "narrow", to=TensorProto.UINT8),
+                helper.make_node("Gather", ["table", "bytes"], ["e"], "table"),
+                helper.make_node("LSTM", ["e", "W", "R"], ["y"], "cell", hidden_size=3),
+            ],
+            [("x", TensorProto.INT64, ["t", "b"])],
+            ["y"],
+            {name: weights("LSTM", 3, 4)[name] for name in "WR"}
+            | {"table": np.ones((300, 4), np.float32)},
+        ),
+        "narrow: Cast: tokens, to uint8",
+    ),
     "no recurrent node": (
         lambda: graph_model(
             [helper.make_node("Sigmoid", ["x"], ["y"], name="only")],

@@ -146,6 +146,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         state(table=nn.Linear(4, 9, bias=False), rnn=nn.LSTM(4, 4)),
         "--embedding or --head",
     ),
+    "an embedding or a layer before the stack": (
+        state(pre=nn.Linear(3, 3, bias=False), rnn=nn.LSTM(3, 4)),
+        "pre: could be an nn.Linear before",
+    ),
     "half a layer": (
         {k: v for k, v in nn.LSTM(3, 4).state_dict().items() if k != "weight_hh_l0"},
         "weight_hh is missing",
@@ -181,6 +185,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "whole numbers": (
         nn.LSTM(3, 4).state_dict() | {"weight_ih_l0": torch.zeros(16, 3, dtype=torch.int64)},
         "weight_ih_l0: is of type torch.int64",
+    ),
+    "a weight that is not a number": (
+        nn.LSTM(3, 4).state_dict() | {"bias_hh_l0": torch.full((16,), torch.nan)},
+        "^bias_hh_l0: has a NaN",
+    ),
+    "an infinite weight in double precision": (
+        nn.LSTM(3, 4).state_dict() | {"bias_hh_l0": torch.full((16,), torch.inf).double()},
+        "^bias_hh_l0: has a NaN or an infinity",
     ),
     "a sparse tensor": (
         nn.LSTM(3, 4).state_dict() | {"weight_ih_l0": torch.eye(16, 3).to_sparse()},

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from conveyor_models import FoundBundle, RepositoryError, SpecError, save_bundle, scan
+from conveyor_models import (
+    FoundBundle,
+    RepositoryError,
+    SpecError,
+    WeightsError,
+    add_bundle,
+    load_bundle,
+    save_bundle,
+    scan,
+)
 from conveyor_models.repository import FOLDERS_MAX
 from tests.unit.models.bundles import features_spec, random_weights
 
@@ -127,3 +138,29 @@ def test_too_many_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "one-more").mkdir()
     with pytest.raises(RepositoryError, match="4097 folders, expected at most 4096"):
         scan(tmp_path)
+
+
+def test_a_bundle_that_could_not_give_way_is_there_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = features_spec()
+    before = add_bundle(tmp_path, spec, random_weights(spec, seed=1))
+    rename = os.rename
+
+    def full(source: Path, target: Path) -> None:
+        if Path(source).name == "new":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(RepositoryError, match="No space left"):
+        add_bundle(tmp_path, spec, random_weights(spec, seed=2), replace=True)
+    assert load_bundle(before.path).digest == before.digest
+    assert [path.name for path in tmp_path.iterdir()] == [spec.name]
+
+
+def test_what_is_not_added_leaves_no_folder_behind(tmp_path: Path) -> None:
+    spec = features_spec()
+    with pytest.raises(WeightsError):
+        add_bundle(tmp_path, spec, {}, versioned=True)
+    assert not list(tmp_path.iterdir())

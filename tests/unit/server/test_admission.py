@@ -9,14 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conveyor_server.admission import (
+from conveyor_server.admission.admission import Admission, Binding, Entry
+from conveyor_server.admission.fields import (
     LABEL_KEY_CHARACTERS_MAX,
     LABEL_VALUE_CHARACTERS_MAX,
     PAGE_SIZE_DEFAULT,
     PAGE_SIZE_MAX,
-    Admission,
-    Binding,
-    Entry,
     check_session_id,
     page_size,
 )

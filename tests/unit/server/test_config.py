@@ -212,13 +212,14 @@ def test_a_value_out_of_its_range_is_refused(flag: str, value: str) -> None:
 @pytest.mark.parametrize(
     ("tokens", "problem"),
     [
+        ({"0123456789abcdef": 7}, "auth.tokens: Input should be a valid string"),
         ({"0123456789abcde": "ann"}, "shorter than 16"),
         ({"0123456789abcdef": ""}, "principal"),
         ({"0123456789abcdef": "a\nb"}, "principal"),
     ],
 )
 def test_an_unusable_token_is_refused_without_being_shown(
-    tmp_path: Path, tokens: dict[str, str], problem: str
+    tmp_path: Path, tokens: dict[str, object], problem: str
 ) -> None:
     import json
 

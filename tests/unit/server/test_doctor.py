@@ -16,8 +16,30 @@ from conveyor_server.doctor import Finding, Status, examine, machine, service, w
 from conveyor_server.doctor.finding import fail, ok, warn
 from conveyor_server.doctor.report import show
 from tests.integration.bundles import TINY, add_model
-from tests.support.models import FEATURES
+from tests.support.models import ATTENTIVE, FEATURES
 
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBbTCCAROgAwIBAgIUYyWLooK2xOI1hVLFKtvzhqNjN4AwCgYIKoZIzj0EAwIw
+DDEKMAgGA1UEAwwBeDAeFw0yNjExMjQyMDI3NTJaFw0yNjExMjcyMDI3NTJaMAwx
+CjAIBgNVBAMMAXgwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAASu+uC18EnK9w0i
+gdyRXc3bfRvHDVUYpQIwpTXW0tQjt+6IxBy/DDaWjbJj7AWHir4KaHhlaR+x8MDo
+uhHB2T53o1MwUTAdBgNVHQ4EFgQUXM0zFM5YsUsRNoIlf8dO/QcuI58wHwYDVR0j
+BBgwFoAUXM0zFM5YsUsRNoIlf8dO/QcuI58wDwYDVR0TAQH/BAUwAwEB/zAKBggq
+hkjOPQQDAgNIADBFAiEA2Yot8guMPSqmpwuZrdySEFPZI6uhxtpvyr1+m4ZU2ssC
+IAcJxVX+X7dT+w1s1PwnWpOcyDhoU/5ssOioe1rt+CC2
+-----END CERTIFICATE-----
+"""
+ENCRYPTED_KEY = """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHjME4GCSqGSIb3DQEFDTBBMCkGCSqGSIb3DQEFDDAcBAjYwATPuWYSRQICCAAw
+DAYIKoZIhvcNAgkFADAUBggqhkiG9w0DBwQIe77lCYaKvoMEgZD+jQo7IPrMvu2Q
+qV5SYvJJjMHjn/hVJKDImYbWN5Bb62SNMnYTdSDGbMeZilQjTqCBEXjS+Uu8ZFrx
+Fc79F1rS1cL7cxWPZApcwksl/2v4eanB2T5MBjgfJLuj9lj7P4U70X2bMx0zBF6v
+kIMJJSwbkBn34K1XBhZOfuHPqy1h1X7XCgOCEDWGWsgHLTPLIC0=
+-----END ENCRYPTED PRIVATE KEY-----
+"""
+"""Of nothing but this test."""
 FREE = {"listen.address": "127.0.0.1:0", "listen.metrics_address": "127.0.0.1:0"}
 
 
@@ -203,6 +225,18 @@ def test_tls_files_have_to_be_there_and_to_belong_together(tmp_path: Path) -> No
     assert "PEM" in finding.advice
 
 
+def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = tmp_path / "chain.pem", tmp_path / "key.pem"
+    certificate.write_text(CERTIFICATE)
+    key.write_text(ENCRYPTED_KEY)
+    settings = {"listen__tls_certificate_file": certificate, "listen__tls_key_file": key}
+    finding = only(service.check_exposure(config(**settings)))
+    assert finding.status is Status.FAIL
+    assert "the key is encrypted" in finding.found
+
+
 def test_a_promise_that_is_not_verified_is_warned_of() -> None:
     finding = only(service.check_exposure(config(engine__verify_same_bits=False)))
     assert finding.status is Status.WARN
@@ -233,6 +267,16 @@ def test_a_port_in_use_may_be_the_servers_own(taken: str) -> None:
     found = list(service.check_ports(config(listen__metrics_address=taken)))
     assert [finding.status for finding in found] == [Status.OK, Status.WARN]
     assert taken in found[1].found
+
+
+def test_one_port_is_not_enough_for_calls_and_metrics() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    settings = config(listen__address=address, listen__metrics_address=address)
+    calls, metrics = service.check_ports(settings)
+    assert (calls.status, metrics.status) == (Status.OK, Status.FAIL)
+    assert worst(service.check_ports(config())) is Status.OK  # each a free port of its own
 
 
 def test_an_address_of_another_machine_fails() -> None:
@@ -340,6 +384,18 @@ def test_what_the_limits_allow_has_to_fit(monkeypatch: pytest.MonkeyPatch) -> No
     assert "limits.host_state_bytes_max" in finding.advice
     monkeypatch.setattr(service, "memory_bytes", lambda: None)
     assert only(service.check_memory(config(**settings), models)).status is Status.OK
+
+
+def test_what_may_be_attended_over_counts_where_a_model_attends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = config(limits__memories_bytes_max=2**60)
+    monkeypatch.setattr(service, "memory_bytes", lambda: 2**59)
+    without = service.check_memory(settings, [service.Model(FEATURES, "kernels")])
+    assert only(without).status is Status.OK
+    finding = only(service.check_memory(settings, [service.Model(ATTENTIVE, "kernels")]))
+    assert finding.status is Status.WARN
+    assert "limits.memories_bytes_max" in finding.advice
 
 
 # --- the report ----------------------------------------------------------------------------------

@@ -15,19 +15,21 @@ from hypothesis import strategies as st
 
 from conveyor.oip import inference_pb2
 from conveyor_server.config import Config
-from conveyor_server.core import SESSION_ID, ModelKey, SessionState
+from conveyor_server.core import SESSION_ID, MemoryRows, ModelInfo, ModelKey, SessionState
 from conveyor_server.errors import EngineFailed, ServerDraining, SlowReader
 from conveyor_server.rpc.oip import responses as responses_module
 from conveyor_server.rpc.oip import statistics as statistics_module
 from conveyor_server.rpc.oip import stream as stream_module
-from conveyor_server.rpc.oip.requests import session_id_of
+from conveyor_server.rpc.oip.requests import Asked, session_id_of
 from conveyor_server.rpc.oip.sequences import Sequences
 from conveyor_server.rpc.oip.statistics import Statistics
 from conveyor_server.rpc.oip.stream import InferStream
+from conveyor_server.rpc.oip.tensors import Steps
+from conveyor_server.rpc.oip.underway import Request
 from conveyor_server.rpc.service import Services
 from conveyor_server.rpc.streams import Streams
 from conveyor_server.scheduler.operations import Operations
-from tests.support.models import FEATURES
+from tests.support.models import ATTENTIVE, FEATURES
 from tests.support.rig import PRINCIPAL, Rig, rows_of
 
 NEWER = replace(FEATURES, key=ModelKey(FEATURES.key.name, 2))
@@ -85,7 +87,7 @@ class _Call:
     """A server and one stream of it."""
 
     def __init__(self, quantum_steps: int = 4, **limits: Any) -> None:
-        self.rig = Rig((FEATURES, NEWER), quantum_steps=quantum_steps, **limits)
+        self.rig = Rig((FEATURES, NEWER, ATTENTIVE), quantum_steps=quantum_steps, **limits)
         self.rig.models.retire(NEWER.key)  # until a test adds it
         self.context = _Context()
         self.streams = Streams(self.rig.limits.streams_max)
@@ -223,6 +225,46 @@ async def test_a_start_waits_for_the_end_before_it() -> None:
         await call.send("4")  # the ENDs are of the lives before
         assert await call.run() == [(f"{number}", "") for number in range(5)]
         assert call.rig.view(SESSION).applied_step == 2
+
+
+async def test_two_starts_at_once_do_not_share_a_memory() -> None:
+    call = _Call()
+    first, second = (_started(call, ATTENTIVE, rows) for rows in (1, 2))
+    await call.run()
+    assert (first.done, first.error) == (True, None)
+    assert second.error is not None
+    assert second.error.reason == "SESSION_EXISTS"
+    view = call.rig.view(first.key[1])
+    assert (view.applied_step, view.memory_rows) == (1, 1)
+
+
+async def test_a_start_waits_for_every_end_of_its_sequence() -> None:
+    """Two streams may end one sequence at the same time, and neither may be forgotten."""
+    call = _Call()
+    _started(call, FEATURES, end=True)
+    waits = asyncio.create_task(call.sequences.model_of(_asked(FEATURES), PRINCIPAL))
+    await settle()
+    _started(call, FEATURES, end=True)
+    assert not waits.done()
+    await call.run()
+    async with asyncio.timeout(5):
+        assert await waits is FEATURES
+
+
+def _asked(model: ModelInfo, *, end: bool = False) -> Asked:
+    name = model.key.name
+    return Asked(
+        name, None, "", session_id_of(name, 1), 1, start=True, end=end, timeout_seconds=None
+    )
+
+
+def _started(call: _Call, model: ModelInfo, memory_rows: int = 0, *, end: bool = False) -> Request:
+    """A START of one step, handed in without a look at what is on its way."""
+    request = Request(_asked(model, end=end), call.stream, call.rig.clock.monotonic())
+    memory = MemoryRows(memory_rows, bytes(12) * memory_rows) if memory_rows else None
+    steps = Steps(1, rows_of(model, 1), stacked=True, memory=memory)
+    call.sequences.submit(request, model, PRINCIPAL, steps)
+    return request
 
 
 async def test_a_sequence_stays_on_its_version_until_it_starts_again() -> None:

@@ -12,7 +12,7 @@ import pytest
 from grpc import aio
 
 from conveyor.v1 import session_pb2
-from conveyor_server.admission import Admission, result_bytes
+from conveyor_server.admission.admission import Admission, result_bytes
 from conveyor_server.config import Config, LimitsConfig
 from conveyor_server.core import Chunk, Piece
 from conveyor_server.errors import SlowReader, StepGap
@@ -248,7 +248,8 @@ async def test_a_frame_refused_as_a_whole_fails_each_of_its_chunks() -> None:
         await call.steps((handle, 1, 2), (handle + 7, 1, 1), (handle, 3, 1))
         said = [(each.handle, each.first_step) for each in call.context.said("failure")]
         assert said == [(handle, 1), (handle + 7, 1), (handle, 3)]
-        assert call.metrics.rejected.values == {("UNKNOWN_HANDLE",): 3}
+        counted = {labels: n for labels, n in call.metrics.rejected.values.items() if n}
+        assert counted == {("UNKNOWN_HANDLE",): 3}
 
 
 async def test_heartbeats_wait_as_one_and_each_is_answered() -> None:

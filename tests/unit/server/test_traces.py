@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conveyor_server.admission import Admission, Binding, Entry, result_bytes
+from conveyor_server.admission.admission import Admission, Binding, Entry, result_bytes
 from conveyor_server.config import LimitsConfig
 from conveyor_server.core import MemoryRows, Trace, TraceMode
 from conveyor_server.errors import ChunkTooLong

@@ -14,8 +14,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
+from conveyor.oip import inference_pb2, inference_pb2_grpc
 from conveyor.v1 import session_pb2, session_pb2_grpc
-from conveyor_server.admission import Admission
+from conveyor_server.admission.admission import Admission
 from conveyor_server.clock import SystemClock
 from conveyor_server.config import Config, ListenConfig, TracingConfig
 from conveyor_server.metrics import Metrics
@@ -83,6 +84,7 @@ class Served:
         address = await self._server.start(ListenConfig(address="127.0.0.1:0"))
         self.channel = aio.insecure_channel(address)
         self.sessions = cast(Any, session_pb2_grpc.SessionServiceStub(self.channel))
+        self.inference = cast(Any, inference_pb2_grpc.GRPCInferenceServiceStub(self.channel))
         return self
 
     async def __aexit__(
@@ -129,6 +131,17 @@ class Served:
 async def served() -> AsyncIterator[Served]:
     async with Served() as served:
         yield served
+
+
+def inferring(sequence: int, *values: int, start: bool = False) -> inference_pb2.ModelInferRequest:
+    """A request of the inference protocol."""
+    request = inference_pb2.ModelInferRequest(model_name=MODEL)
+    request.parameters["sequence_id"].int64_param = sequence
+    request.parameters["sequence_start"].bool_param = start
+    shape = (1, len(values), FEATURES.input_size)
+    request.inputs.add(name="INPUT", datatype="FP32", shape=shape)
+    request.raw_input_contents.append(rows_of(FEATURES, *values))
+    return request
 
 
 def events(span: ReadableSpan, name: str) -> list[dict[str, Any]]:
@@ -193,7 +206,38 @@ async def test_steps_that_a_loop_feeds_back_are_of_its_call(served: Served) -> N
         pass
     span = await served.span("Generate")
     assert len(events(span, "tick")) == 1 + 3
-    assert not served.tracing._by_reply  # nothing of an ended call is kept
+    assert not served.tracing._by_asker  # nothing of an ended call is kept
+
+
+async def test_of_a_long_inference_stream_no_more_is_kept_than_of_a_short_one(
+    served: Served,
+) -> None:
+    call = served.inference.ModelStreamInfer()
+    for number in range(20):
+        await call.write(inferring(5, number + 1, start=not number))
+        assert not (await call.read()).error_message
+        assert len(served.tracing._by_asker) == 1
+    await call.done_writing()
+    assert await call.read() is aio.EOF
+    ticks = events(await served.span("ModelStreamInfer"), "tick")
+    assert [tick["conveyor.first_step"] for tick in ticks] == [*range(1, 21)]
+    assert not served.tracing._by_asker
+
+
+async def test_what_a_caller_that_is_not_traced_feeds_back_is_in_nobodys_span() -> None:
+    async with Served(events_max=65_536) as served:
+        request = session_pb2.GenerateRequest(
+            model=LOOPED.key.name, prompt=rows_of(LOOPED, 1), prompt_length=1, steps_max=200
+        )
+
+        async def generate(sampled: tuple[str, str]) -> None:
+            async for _ in served.sessions.Generate(request, metadata=(sampled,)):
+                pass
+
+        await asyncio.gather(generate(SAMPLED), generate(NOT_SAMPLED))
+        ticks = events(await served.span("Generate"), "tick")
+        assert len({tick["conveyor.session"] for tick in ticks}) == 1
+        assert len(ticks) == 1 + 200
 
 
 async def test_the_callers_context_is_taken(served: Served) -> None:

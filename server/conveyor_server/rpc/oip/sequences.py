@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from conveyor_server.admission import check_model_name
+from conveyor_server.admission.fields import check_model_name
 from conveyor_server.core import (
+    NO_CLAIM,
+    Chunk,
     MemoryRows,
     ModelInfo,
     OpenMode,
@@ -78,7 +80,12 @@ class Sequences:
                 ending = self._ending.get(key)
             return self._resolve(asked)
         model = None if ending else await self._live(key)
-        if model is None or asked.version not in (None, model.key.version):
+        # A session of another model's may have the id, if the native services opened it.
+        if (
+            model is None
+            or model.key.name != asked.model
+            or asked.version not in (None, model.key.version)
+        ):
             self._resolve(asked)
             raise refusals.not_started(asked.model, asked.sequence)
         return model
@@ -97,26 +104,15 @@ class Sequences:
         asked = request.asked
         if steps.memory is not None and not asked.start:
             raise refusals.Refusal("inputs", "input 'MEMORY' goes with the START flag only")
-        services = self._services
         request.model, request.length, request.stacked = model, steps.length, steps.stacked
         request.key = key = (principal, asked.session_id)
         if key in self._ending and not asked.start:
             raise refusals.not_started(asked.model, asked.sequence)
-        now = services.clock.monotonic()
-        timeout = asked.timeout_seconds
-        chunk = services.admission.following(
-            model,
-            key,
-            steps.length,
-            steps.rows,
-            request,
-            request.received_seconds,
-            None if timeout is None else now + timeout,
-        )
-        request.submitted_seconds = now
+        chunk = self._chunk(request, model, key, steps)
+        request.submitted_seconds = self._services.clock.monotonic()
         if asked.start:
             self._driver.post(
-                lambda operations: self._begin(operations, request, model, steps.memory)
+                lambda operations: self._begin(operations, request, chunk, steps.memory)
             )
         try:
             self._driver.submit(chunk)
@@ -125,25 +121,42 @@ class Sequences:
             raise
         if asked.end:
             request.ended = self._ended
-            self._ending[key] = asyncio.Event()
+            # One that is there, of an END on another stream, has somebody waiting for it.
+            self._ending.setdefault(key, asyncio.Event())
 
     async def make_way(
-        self, asked: Asked, model: ModelInfo, principal: str, memory: MemoryRows | None
+        self, request: Request, model: ModelInfo, principal: str, steps: Steps
     ) -> None:
         """Ends a live sequence that a START cannot simply take back, after what is queued.
 
         That is one that attends over a memory: the new one brings its own.
 
         Raises:
-            InvalidMemory: It brings none. Nothing was changed.
+            InvalidMemory: It brings none.
+            Whatever `Admission.following` raises. Nothing was changed by any of them.
         """
         if not model.memory_row_size:
             return
-        check_memory(model, memory)
+        check_memory(model, steps.memory)
+        session_id = request.asked.session_id
+        self._chunk(request, model, (principal, session_id), steps)  # what is wrong with it is told
         with suppress(SessionNotFound, SessionEnded):
             await self._driver.call_after_queue(
-                lambda operations, future: operations.close(principal, asked.session_id, future)
+                lambda operations, future: operations.close(principal, session_id, future)
             )
+
+    def _chunk(self, request: Request, model: ModelInfo, key: SessionKey, steps: Steps) -> Chunk:
+        """A request's steps, checked."""
+        services, timeout = self._services, request.asked.timeout_seconds
+        return services.admission.following(
+            model,
+            key,
+            steps.length,
+            steps.rows,
+            request,
+            request.received_seconds,
+            None if timeout is None else services.clock.monotonic() + timeout,
+        )
 
     def _submit_whole(self, request: Request, model: ModelInfo, steps: Steps) -> None:
         """Hands in a sequence for a model that cannot be stepped."""
@@ -231,12 +244,12 @@ class Sequences:
         self,
         operations: Operations,
         request: Request,
-        model: ModelInfo,
+        chunk: Chunk,
         memory: MemoryRows | None,
     ) -> None:
         if request.dropped:
             return
-        principal, session_id = request.key
+        (principal, session_id), model = request.key, chunk.model
         try:
             view = operations.get(principal, session_id)
         except (SessionNotFound, SessionEnded):
@@ -247,6 +260,7 @@ class Sequences:
                 f"sequence {request.asked.sequence} of model '{request.asked.model}' was begun"
                 " elsewhere at the same time"
             )
+            chunk.epoch = NO_CLAIM
         elif view.model is model:
             operations.reset(principal, session_id, _Opening(request))
         elif view.state is SessionState.ACTIVE:

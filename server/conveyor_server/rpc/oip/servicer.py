@@ -150,7 +150,7 @@ class InferenceServicer(UnsupportedCalls):
         steps = read_steps(message, model, self._services.admission)
         caller = principal()
         if one.asked.start:
-            await self._sequences.make_way(one.asked, model, caller, steps.memory)
+            await self._sequences.make_way(one, model, caller, steps)
         self._sequences.submit(one, model, caller, steps)
 
     def _resolve(self, name: str, version: str) -> ModelInfo:

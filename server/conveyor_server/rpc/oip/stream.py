@@ -79,6 +79,7 @@ class Answers(Outbox):
             message = self._responses.answer(request)
         else:
             if self._end_on_error:
+                self._statistics.count(request, ready)
                 raise request.error
             self._metrics.rejected.add(1, request.error.reason)
             message = self._responses.failure(request)
@@ -197,7 +198,7 @@ class InferStream:
             if not self._room_for(wanted):
                 await self._wait_for_room(wanted)
             if asked.start and model.memory_row_size:
-                await self._make_way(asked, model, steps)
+                await self._make_way(request, model, steps)
             self._submit(request, model, steps)
         except ConveyorError as error:
             await self._refuse(request, error)
@@ -226,9 +227,9 @@ class InferStream:
         self._answers.held = False
         return await self._sequences.model_of(asked, self._principal)
 
-    async def _make_way(self, asked: Asked, model: ModelInfo, steps: Steps) -> None:
+    async def _make_way(self, request: Request, model: ModelInfo, steps: Steps) -> None:
         self._answers.held = False
-        await self._sequences.make_way(asked, model, self._principal, steps.memory)
+        await self._sequences.make_way(request, model, self._principal, steps)
 
     def _room_for(self, wanted_bytes: int) -> bool:
         owed = self._answers.size_bytes

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from conveyor.oip import inference_pb2
-from conveyor_server.admission import Admission
+from conveyor_server.admission.admission import Admission
 from conveyor_server.core import InputKind, MemoryRows, ModelInfo
 from conveyor_server.errors import InvalidShape, NotSupported, TokenOutOfRange
 from conveyor_server.rpc.oip.refusals import Refusal, no_shared_memory, shown
@@ -213,15 +213,14 @@ def _typed_values(tensor: Tensor, model: ModelInfo) -> npt.NDArray[Any]:
 def _raw_values(tensor: Tensor, payload: bytes, model: ModelInfo) -> npt.NDArray[Any]:
     if tensor.datatype == "BYTES" and _takes_labels(tensor, model):
         return _labelled(_elements(payload), model)
-    if tensor.datatype == "BF16":
-        high = np.frombuffer(payload[: len(payload) // 2 * 2], dtype="<u2").astype("<u4")
-        return (high << 16).view(_FLOAT32)
-    dtype = _RAW.get(tensor.datatype)
+    halved = tensor.datatype == "BF16"  # the upper half of an FP32
+    dtype = _RAW["UINT16"] if halved else _RAW.get(tensor.datatype)
     if dtype is None:
         raise _wrong_type(tensor, model)
     if len(payload) % dtype.itemsize:
         raise InvalidShape(f"input '{tensor.name}': {len(payload)} bytes are not whole elements")
-    return np.frombuffer(payload, dtype=dtype)
+    values = np.frombuffer(payload, dtype=dtype)
+    return (values.astype("<u4") << 16).view(_FLOAT32) if halved else values
 
 
 def _converted(values: npt.NDArray[Any], model: ModelInfo, length: int) -> bytes:

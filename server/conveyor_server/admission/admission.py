@@ -1,20 +1,26 @@
-"""The checks at the door: what passes here is sound in itself, whatever state the session is in.
-
-Nothing here reads or changes a session. A refusal is a typed error and has no effect.
-"""
+"""What each request has to hold to be let in."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final
 
-import numpy as np
-
+from conveyor_server.admission.fields import (
+    check_model_name,
+    check_session_id,
+    member,
+    sorted_labels,
+)
+from conveyor_server.admission.rows import (
+    check_length,
+    check_memory_values,
+    check_size,
+    check_values,
+)
 from conveyor_server.config import LimitsConfig
 from conveyor_server.core import (
     ELEMENT_BYTES,
     NEXT_STEP,
-    SESSION_ID,
     STEP_MAX,
     Chunk,
     Durability,
@@ -36,31 +42,18 @@ from conveyor_server.errors import (
     InvalidShape,
     InvalidToken,
     MessageTooLarge,
-    ModelNotFound,
     ModelNotGenerative,
-    NonFiniteInput,
-    TokenOutOfRange,
 )
 from conveyor_server.scheduler.generation import Plan
 from conveyor_server.scheduler.sampling import Sampling
 
-MODEL_NAME_CHARACTERS_MAX: Final = 128
 TOKEN_CHARACTERS_MAX: Final = 512
-LABEL_KEY_CHARACTERS_MAX: Final = 64
-LABEL_VALUE_CHARACTERS_MAX: Final = 256
-PAGE_SIZE_DEFAULT: Final = 100
-PAGE_SIZE_MAX: Final = 1000
 
 # Looking a member up in its enum takes as long as all the rest of what is done with it here.
 _ALL: Final = OutputMode.ALL
 _LAST: Final = OutputMode.LAST
 _NONE: Final = OutputMode.NONE
 _TRACES: Final = (TraceMode.NONE, TraceMode.SUMMARY, TraceMode.FULL)
-
-E = TypeVar("E", OpenMode, Durability)
-
-_FLOAT32: Final = np.dtype("<f4")
-_UINT32: Final = np.dtype("<u4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +114,7 @@ class Admission:
         Raises:
             EmptyChunk, ChunkTooLong, InvalidShape, NonFiniteInput, TokenOutOfRange.
         """
-        _check_length(length, min(model.chunk_steps_max, self.limits.chunk_steps_max))
+        check_length(length, min(model.chunk_steps_max, self.limits.chunk_steps_max))
         self._check_output(model, length, _ALL)
         check_size(model, rows, length)
         check_values(model, rows)
@@ -227,10 +220,10 @@ class Admission:
             session_id=session_id,
             model=model,
             version=version,
-            mode=_enum(OpenMode, mode, "mode"),
-            durability=_enum(Durability, durability or Durability.NONE, "durability"),
+            mode=member(OpenMode, mode, "mode"),
+            durability=member(Durability, durability or Durability.NONE, "durability"),
             idle_seconds=None if idle_seconds is None else self.idle_seconds(idle_seconds),
-            labels=self._labels(labels),
+            labels=sorted_labels(labels, self.limits.labels_max),
             token=token,
             memory=self.memory(memory),
         )
@@ -244,9 +237,7 @@ class Admission:
         if memory is None:
             return None
         self.message(memory.rows, *beside)
-        whole = len(memory.rows) // ELEMENT_BYTES
-        if not np.isfinite(np.frombuffer(memory.rows, dtype=_FLOAT32, count=whole)).all():
-            raise NonFiniteInput("a number of the memory is NaN or infinite")
+        check_memory_values(memory)
         return memory
 
     def idle_seconds(self, seconds: float) -> float:
@@ -284,7 +275,7 @@ class Admission:
         Raises:
             EmptyChunk, ChunkTooLong, InvalidField, InvalidShape, NonFiniteInput, TokenOutOfRange.
         """
-        _check_length(length, self.limits.predict_steps_max)
+        check_length(length, self.limits.predict_steps_max)
         self._check_output(model, length, output)
         check_size(model, rows, length)
         check_values(model, rows)
@@ -309,7 +300,7 @@ class Admission:
             raise ModelNotGenerative(f"the output of model {model.key.name!r} is no input of it")
         if steps_max < 1:
             raise InvalidField("steps_max", "below 1")
-        _check_length(prompt_length + steps_max, self.limits.generate_steps_max)
+        check_length(prompt_length + steps_max, self.limits.generate_steps_max)
         if prompt_length < 0:
             raise InvalidField("prompt_length", "below 0")
         check_size(model, prompt, prompt_length)
@@ -326,7 +317,7 @@ class Admission:
 
     def _check_entry(self, entry: Entry) -> None:
         model = entry.binding.model
-        _check_length(entry.length, min(model.chunk_steps_max, self.limits.chunk_steps_max))
+        check_length(entry.length, min(model.chunk_steps_max, self.limits.chunk_steps_max))
         if not 1 <= entry.first_step <= STEP_MAX:
             raise InvalidField("first_step", "steps are numbered from 1")
         traced = 0
@@ -350,28 +341,6 @@ class Admission:
                 maximum=self.limits.result_bytes_max,
             )
 
-    def _labels(self, labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-        if len(labels) > self.limits.labels_max:
-            raise InvalidField("labels", f"more than {self.limits.labels_max} of them")
-        for key, value in labels.items():
-            if not 1 <= len(key) <= LABEL_KEY_CHARACTERS_MAX:
-                raise InvalidField("labels", "a key is empty or too long")
-            if len(value) > LABEL_VALUE_CHARACTERS_MAX:
-                raise InvalidField("labels", "a value is too long")
-        return tuple(sorted(labels.items()))
-
-
-def check_session_id(session_id: str, field: str = "session_id") -> None:
-    """Raises `InvalidField` unless it is a well-formed session id."""
-    if not SESSION_ID.fullmatch(session_id):
-        raise InvalidField(field, "not 1 to 128 characters of A-Z a-z 0-9 . _ : -")
-
-
-def check_model_name(name: str) -> None:
-    """Raises `ModelNotFound` for what is too long to be one, without repeating it."""
-    if len(name) > MODEL_NAME_CHARACTERS_MAX:
-        raise ModelNotFound("there is no model of that name")
-
 
 def result_bytes(chunk: Chunk) -> int:
     """Bytes of the output rows and of the trace that are wanted of a chunk."""
@@ -380,50 +349,6 @@ def result_bytes(chunk: Chunk) -> int:
         return chunk.length * chunk.model.output_size * ELEMENT_BYTES + chunk.trace_bytes
     rows = chunk.model.output_size * ELEMENT_BYTES if output is _LAST else 0
     return rows + chunk.trace_bytes
-
-
-def page_size(wanted: int) -> int:
-    """The size of a list's page.
-
-    Raises:
-        InvalidField: Below 0.
-    """
-    if wanted < 0:
-        raise InvalidField("page_size", "below 0")
-    return min(wanted or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
-
-
-def check_size(model: ModelInfo, rows: bytes, length: int) -> None:
-    """Raises `InvalidShape` unless the rows have the bytes that so many steps take."""
-    if len(rows) != length * model.input_row_bytes:
-        raise InvalidShape(
-            f"{length} steps of model {model.key.name!r} take"
-            f" {length * model.input_row_bytes} bytes"
-            f" ({model.input_size} x 4 each), not {len(rows)}"
-        )
-
-
-def check_values(model: ModelInfo, rows: bytes) -> None:
-    """Raises `NonFiniteInput` or `TokenOutOfRange` if a value cannot be an input of the model."""
-    if model.input_kind is InputKind.FEATURES:
-        # Looking for a zero among the flags' bytes is twice as fast as reducing them.
-        if b"\0" in np.isfinite(np.frombuffer(rows, dtype=_FLOAT32)).tobytes():
-            raise NonFiniteInput("a feature is NaN or infinite")
-    elif rows:
-        # As unsigned numbers, negative tokens are larger than any vocabulary.
-        largest = int(np.frombuffer(rows, dtype=_UINT32).max())
-        if largest >= model.vocabulary_size:
-            raise TokenOutOfRange(
-                f"a token is outside 0 .. {model.vocabulary_size - 1}",
-                vocabulary_size=model.vocabulary_size,
-            )
-
-
-def _check_length(length: int, steps_max: int) -> None:
-    if length < 1:
-        raise EmptyChunk("the chunk has no step")
-    if length > steps_max:
-        raise ChunkTooLong(f"{length} steps, at most {steps_max} are taken", maximum=steps_max)
 
 
 def _all_sound(entries: Sequence[Entry], rows: bytes) -> bool:
@@ -463,10 +388,3 @@ def _trace_bytes(entry: Entry) -> int:
     binding = entry.binding
     a_step = binding.model.trace_step_bytes(_TRACES[entry.trace], binding.memory_rows)
     return entry.length * a_step
-
-
-def _enum(kind: type[E], value: int, field: str) -> E:
-    try:
-        return kind(value)
-    except ValueError as error:
-        raise InvalidField(field, "not a known value") from error
