@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -96,6 +98,24 @@ def test_a_short_training_lowers_the_error(
     assert after.mean() < before.mean()
     assert not stack.peepholes[:2].any(), "the plain ones have none"
     assert stack.peepholes[2:].all()
+
+
+def test_training_writes_the_best_of_each_kind(
+    train: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    stack = train.Stack(2)
+    stack.peepholes.normal_()
+    shares = np.array([0.0, 0.1, 0.0, 0.9, 1.0, 0.9, 0.0, 1.0])
+    monkeypatch.setattr(train, "train", lambda: stack)
+    monkeypatch.setattr(train, "stack_scores", lambda *_: shares)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "timing")])
+    train.main()
+    written = load_bundle(tmp_path / "timing").weights
+    for name, each in stack.weights(4).items():  # of `peepholes, 1`, which is better on average
+        assert torch.equal(written[name], each)
+    plain = json.loads((tmp_path / "timing" / "plain.json").read_text())
+    assert plain == {name: each.tolist() for name, each in stack.weights(3).items()}
 
 
 def test_right_is_on_time_and_never_else(train: ModuleType) -> None:
