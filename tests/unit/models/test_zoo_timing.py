@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from conveyor_models import Network, load_bundle
+from conveyor_models.cells import LstmCarry
 from conveyor_models.layers import PEEPHOLES, LstmLayer
 from tests.support.zoo import ZOO, card, script
 
@@ -37,6 +38,22 @@ def test_the_card(train: ModuleType) -> None:
         assert loudest == pytest.approx(float(said[name][2]), abs=OUTPUT_TOLERANCE)
     assert scores["timing"][2] < scores["best plain"][2] / 3, "only the plain one has to ramp"
     assert train.share_at_random() == pytest.approx(0.017, abs=SHARE_TOLERANCE)
+
+
+def test_the_count_goes_on_behind_a_shut_gate(train: ModuleType) -> None:
+    rows = {row[0]: row[1:] for row in card("timing") if len(row) == 12}
+    starts = torch.zeros(60, 1, 1)
+    starts[8] = 1
+    for name, network in (
+        ("timing", load_bundle(ZOO / "timing").network()),
+        ("best plain", train.best_plain()),
+    ):
+        cells = zip(rows[""], rows[f"{name}, c"], rows[f"{name}, h"], strict=True)
+        for after, c, h in cells:
+            carry, output = network.run(starts[: 9 + int(after)])
+            assert isinstance(carry[0], LstmCarry)
+            assert carry[0].c.item() == pytest.approx(float(c), abs=0.02)
+            assert output[-1].item() == pytest.approx(float(h), abs=0.02)
 
 
 def test_means_of_the_card_are_those_of_its_seeds(train: ModuleType) -> None:
