@@ -11,7 +11,9 @@ from conveyor_server.engine import lone
 from conveyor_server.engine.lone import CompiledFamily
 from tests.fidelity.same_bits import SETTINGS
 
-pytestmark = pytest.mark.skipif(not CompiledFamily.available(), reason="numba is not installed")
+pytestmark = pytest.mark.skipif(
+    not CompiledFamily.available(), reason="there are no prepacked products here"
+)
 
 
 def _operands(size: int, out: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
