@@ -74,9 +74,9 @@ class PrepackedFamily:
 
     def __init__(self, threads: int) -> None:
         """`threads` that an engine call may use."""
-        # Two rows, because a single one takes another kernel. And a multiple of the threads, so that
-        # the library can give each of them whole rows; where it does not, `engine.logistic` sees to
-        # the one element-wise function whose bits would show it.
+        # Two rows, because a single one takes another kernel. And a multiple of the threads, so
+        # that the library can give each of them whole rows; where it does not, `engine.logistic`
+        # sees to the one element-wise function whose bits would show it.
         self.rows_multiple = max(2, threads)
 
     @staticmethod
