@@ -30,6 +30,7 @@ READINGS_SHOWN_MAX: Final = 4
 SIZES_SHOWN_MAX: Final = 6
 SIDE_BY_SIDE: Final = "+"
 _FUNCTIONS: Final = frozenset(name.lower() for name in nn.modules.activation.__all__)
+_EMBEDDING_WORDS: Final = ("emb", "lookup", "vocab", "wte", "token", "word", "char")
 _NOTHINGS: Final = frozenset({"dropout", "flatten", "identity"})
 
 
@@ -95,6 +96,12 @@ def _is_proven(parts: Parts, options: ImportOptions, said: _Said, reading: Readi
         return False
     if len(reading.heads) > 1 and not (said.whole or said.heads):
         return False
+    embedding = reading.embedding
+    if embedding is not None and not (said.whole or options.embedding):
+        # A linear layer that leads past the stack may have the same shape.
+        name = embedding.rpartition(".")[2].lower()
+        if not any(word in name for word in _EMBEDDING_WORDS):
+            return False
     if reading.is_usual(parts):
         return True
     known = all(name in options.epsilon or "" in options.epsilon for name in parts.norms)
@@ -298,6 +305,9 @@ def _question(parts: Parts, options: ImportOptions, found: Sequence[Reading]) ->
         )
     if any(len(each.heads) > 1 for each in shown):
         said.append("The outputs of heads side by side follow each other in that order")
+    for name in dict.fromkeys(each.embedding for each in shown if each.embedding is not None):
+        rows = parts.matrices[name].weight.shape[0]
+        said.append(f"{shown_name(name)} first would be an nn.Embedding of {rows} tokens")
     if parts.norms and not options.epsilon:
         said.append("--epsilon is the eps of nn.BatchNorm1d; 1e-05 is PyTorch's default")
     return AmbiguousModuleError(". ".join(said), key=parts.names[0], answers=answers)
@@ -309,7 +319,9 @@ def _answer(
     """The options that say a reading."""
     flags = ["--order", reading.order]
     alike = [each for each in among if each.order == reading.order]
-    if any(each.embedding != reading.embedding for each in alike):  # a first matrix may be a linear layer as well
+    if any(
+        each.embedding != reading.embedding for each in alike
+    ):  # a first matrix may be a linear layer as well
         flags += ["--embedding", shown_name(reading.embedding) if reading.embedding else "none"]
     if not reading.is_usual(parts):
         flags += ["--between", NOTHING]

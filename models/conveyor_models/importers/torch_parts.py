@@ -22,6 +22,7 @@ from conveyor_models.importers.torch_cells import Recurrent, recurrent_modules
 
 ROOT: Final = "."
 """What the module whose tensors have no prefix is called in options and messages."""
+NAME_CHARACTERS_MAX: Final = 500
 _WRAPPERS: Final = ("module", "_orig_mod")
 _STATISTICS: Final = ("running_mean", "running_var")
 _INTEGERS: Final = (torch.int8, torch.uint8, torch.qint8, torch.quint8, torch.qint32)
@@ -83,6 +84,13 @@ def parts_of(state: Mapping[str, Tensor], options: ImportOptions) -> Parts:
         AmbiguousModuleError: a tensor could be an initial state.
         UnsupportedModuleError: a tensor is of no module that a bundle can have.
     """
+    for name in state:
+        if len(name) > NAME_CHARACTERS_MAX or not name.isprintable():
+            raise refused(
+                repr(name[:80]),
+                f"a name of {len(name)} characters, expected printable ones and at most"
+                f" {NAME_CHARACTERS_MAX}",
+            )
     _check_rewritten(state)
     rest = {
         name: _exact(name, tensor)
@@ -211,6 +219,8 @@ def _take_initial(
             module = next(iter(recurrent.values()))
         else:
             raise refused(flag, f"say of which module: {listed(sorted(recurrent))}")
+        if part in module.initial:
+            raise refused(flag, f"the initial {part} of {module.shown} is given twice")
         key = resolved(tensor_name, rest, flag)
         module.initial[part] = _initial_rows(key, rest.pop(key), module, part)
     for module in recurrent.values():
