@@ -21,8 +21,9 @@ FOLDER_ENTRIES_MAX: Final = 1_000
 _LEGACY_TORCH: Final = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """The number with which torch.save began its files before the zip."""
 _AGAIN: Final = "`torch.save(torch.load(FILE), 'weights.pt')`"
-_HARMLESS: Final = ("torch", "collections", "numpy", "_codecs")
-"""Packages whose classes a state dict may name."""
+_HARMLESS: Final = ("torch", "collections")
+"""Packages whose classes a state dict may name, without those below."""
+_HARMFUL: Final = ("torch.nn.modules", "torch.optim", "torch.fx", "torch.ao", "torch.distributed")
 _BEGINNINGS: Final = (
     (0, b"\x89HDF\r\n\x1a\n", "is an HDF5 file, as Keras writes: name it .h5"),
     (0, b"\x93NUMPY", "is an array of numpy: save module.state_dict() with torch.save instead"),
@@ -170,7 +171,7 @@ def class_in_pickle(pickled: bytes) -> str | None:
 
 def _is_plain(name: str) -> bool:
     """Whether a state dict may hold it."""
-    return name.partition(".")[0] in _HARMLESS and not name.startswith("torch.nn.modules")
+    return name.partition(".")[0] in _HARMLESS and not name.startswith(_HARMFUL)
 
 
 def pickle_advice(path: Path, pickled: bytes) -> str:

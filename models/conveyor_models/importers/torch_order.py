@@ -331,12 +331,19 @@ def _answer(
 
 
 def _nothing_fits(names: Sequence[str], sizes: _Sizes) -> Exception:
+    def is_alone(name: str) -> bool:
+        reads, gives = sizes[name]
+        return not any(
+            sizes[other][1] == reads or sizes[other][0] == gives for other in names if other != name
+        )
+
+    first = next((name for name in names if is_alone(name)), names[0])
+    shown = [first, *(name for name in names if name != first)][:SIZES_SHOWN_MAX]
     said = [
-        f"{shown_name(name)} reads {sizes[name][0]} and gives {sizes[name][1]}"
-        for name in names[:SIZES_SHOWN_MAX]
+        f"{shown_name(name)} reads {sizes[name][0]} and gives {sizes[name][1]}" for name in shown
     ]
     return refused(
-        shown_name(names[0]),
+        shown_name(first),
         f"does not fit the others: {', '.join(said)}, in no order that the options allow. A bundle"
         " is embedding, stack and head, without branches and sums",
     )

@@ -20,7 +20,7 @@ from conveyor_models.importers.torch_cells import recurrent_modules
 from conveyor_models.importers.torch_order import Reading, reading_of
 from conveyor_models.importers.torch_parts import Parts, parts_of, resolved, shown_name
 
-RecurrentModule: TypeAlias = nn.LSTM | nn.GRU | nn.RNN
+RecurrentModule: TypeAlias = nn.LSTM | nn.GRU | nn.RNN | nn.LSTMCell | nn.GRUCell | nn.RNNCell
 T = TypeVar("T")
 
 
@@ -33,8 +33,8 @@ def weights_from_torch(
     """The weights of a trained network under the names of the bundle format.
 
     Args:
-        stack: one `nn.LSTM`, `nn.GRU` or `nn.RNN` of any number of layers, or several stacked on
-            each other.
+        stack: one `nn.LSTM`, `nn.GRU` or `nn.RNN` of any number of layers, or a cell of these, or
+            several stacked on each other.
         embedding: the table of a model that reads tokens.
         head: the linear layer after the stack.
 
@@ -51,14 +51,26 @@ def weights_from_torch(
         model.embedding = embedding.weight.detach().cpu().float().clone()
     for module in [stack] if isinstance(stack, nn.Module) else stack:
         state = {name: each.detach().cpu().float() for name, each in module.named_parameters()}
-        kind = module.mode.lower().replace("_", "-")  # LSTM, GRU, RNN_TANH or RNN_RELU
         for found in recurrent_modules(state).values():
-            model.layers += found.layers(kind)
+            model.layers += found.layers(_kind(module))
     if head is not None:
         model.head = head.weight.detach().cpu().float().clone()
         if head.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
             model.head_bias = head.bias.detach().cpu().float().clone()
     return {name: tensor.clone() for name, tensor in model.weights.items()}
+
+
+def _kind(module: RecurrentModule) -> str:
+    """One of `options.CELLS`."""
+    match module:
+        case nn.LSTMCell():
+            return "lstm"
+        case nn.GRUCell():
+            return "gru"
+        case nn.RNNCell():
+            return f"rnn-{module.nonlinearity}"
+        case _:
+            return module.mode.lower().replace("_", "-")  # LSTM, GRU, RNN_TANH or RNN_RELU
 
 
 def model_from_state(
@@ -91,7 +103,7 @@ def model_from_state(
             found = layers[name]
             if maps:
                 found = [folding.into_layer(folding.chained(maps), found[0]), *found[1:]]
-                model.notes.append(folding.note_of(folding.chained(maps), name))
+                model.notes.append(folding.note_of(folding.chained(maps), shown_name(name)))
             model.layers, maps = [*model.layers, *found], []
         else:
             maps.append(_affine(name, parts, epsilon.get(name, options.epsilon.get("", 0.0))))
@@ -106,11 +118,11 @@ def _named(flag: str, given: Mapping[str, T], known: Mapping[str, object]) -> di
 
 
 def _affine(name: str, parts: Parts, epsilon: float) -> Affine:
-    matrix, norm = parts.matrices.get(name), parts.norms.get(name)
+    matrix, norm, shown = parts.matrices.get(name), parts.norms.get(name), shown_name(name)
     if matrix is not None:
-        return folding.linear(name, matrix.weight, matrix.bias)
+        return folding.linear(shown, matrix.weight, matrix.bias)
     assert norm is not None
-    return folding.batch_norm(name, norm.mean, norm.variance, epsilon, norm.weight, norm.bias)
+    return folding.batch_norm(shown, norm.mean, norm.variance, epsilon, norm.weight, norm.bias)
 
 
 def _add_head(model: ImportedModel, parts: Parts, reading: Reading, maps: list[Affine]) -> None:
@@ -133,7 +145,7 @@ def _add_head(model: ImportedModel, parts: Parts, reading: Reading, maps: list[A
             ]
             model.head_bias = torch.cat(biases)
     if maps:
-        name = "+".join(reading.heads) or "the head"
+        name = "+".join(shown_name(each) for each in reading.heads) or "the head"
         whole = folding.chained(maps)
         model.notes.append(folding.note_of(whole, name))
         if model.head is not None:
@@ -169,13 +181,20 @@ def _assumptions(parts: Parts, reading: Reading, options: ImportOptions) -> list
     elif len(way) > 1:
         assumed.append(
             f"rows pass through {', then '.join(way)}, and nothing else computes on the way"
-            " (dropout does nothing after training; a ReLU or a residual connection would have been"
-            " missed)"
+            " (dropout does nothing after training; a ReLU, a residual connection or a pooling over"
+            " the steps would have been missed)"
         )
     if options.activation is None:
         assumed.append("no function follows at the end (--activation names one)")
     if assumed:
         said.append(f"assumed, because a state dict does not say it: {'; '.join(assumed)}")
+    last = [name for name in reading.chain if name in parts.recurrent][-1]
+    if reading.names[-1] != last and len(parts.recurrent[last].ways) > 1:
+        said.append(
+            f"{shown_name(last)} is bidirectional: what comes after it is taken to read both"
+            " directions of each step; a module that reads h_n instead, where the reverse direction"
+            " ends at the first step, gives other numbers"
+        )
     said += [
         f"{shown_name(name)} is read as a cell of PyTorch that reads each row in turn and keeps its"
         " own state from step to step"

@@ -182,6 +182,16 @@ FOREIGN: dict[str, tuple[str, Callable[[Path], None], str]] = {
         + LOAD.format("m.ckpt")
         + "['state_dict'], 'weights.pt')",
     ),
+    "a checkpoint with numbers of numpy": (
+        "m.pt",
+        saved({"state_dict": STATE, "loss": np.float64(0.25)}),
+        "holds an object of numpy.",
+    ),
+    "an optimizer itself": (
+        "m.pt",
+        saved(torch.optim.SGD(NET.parameters(), 0.1)),
+        "holds an object of torch.optim.sgd.SGD",
+    ),
     "a checkpoint of two networks": (
         "m.pt",
         saved({"actor": STATE, "critic": STATE}),

@@ -83,6 +83,20 @@ def test_a_module_comes_out_as_it_went_in(
         assert torch.equal(model.weights[name], tensor)
 
 
+@pytest.mark.parametrize(
+    "cell",
+    [nn.LSTMCell(3, 5), nn.GRUCell(3, 5), nn.RNNCell(3, 5), nn.RNNCell(3, 5, nonlinearity="relu")],
+)
+def test_the_weights_of_a_cell_are_those_of_its_module(cell: Any) -> None:
+    kind: Any = {nn.LSTMCell: nn.LSTM, nn.GRUCell: nn.GRU, nn.RNNCell: nn.RNN}[type(cell)]
+    module = kind(3, 5)
+    module.load_state_dict({f"{name}_l0": each for name, each in cell.state_dict().items()})
+    expected = weights_from_torch(module)
+    found = weights_from_torch(cell)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("head_bias", [True, False])
 def test_embedding_stack_and_head_are_found(head_bias: bool, tmp_path: Path) -> None:
     module = Tagger(head_bias)

@@ -119,7 +119,7 @@ ACCEPTED: dict[str, Accepted] = {
             d=nn.Linear(5, 2),
         ),
         ImportOptions(order=("a", "b", "rnn", "c", "d"), between="none"),
-        ("a, b folded into rnn", "c folded into d"),
+        ("a, b folded into rnn", "c folded into d", "rnn is bidirectional: what comes after it"),
     ),
     "a linear layer between two recurrent ones": Accepted(
         lambda: Net(
