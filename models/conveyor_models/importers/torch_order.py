@@ -7,9 +7,9 @@ one recurrent module, a linear layer) and no other is possible; otherwise the op
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Final, TypeAlias
 
 from torch import nn
@@ -82,7 +82,7 @@ def reading_of(parts: Parts, options: ImportOptions) -> Reading:
         )
     sizes = _sizes(parts)
     readings = _readings_of_order if said.whole else _readings_of_sizes
-    found = list(islice(readings(parts, said, sizes), READINGS_SHOWN_MAX + 1))
+    found = list(itertools.islice(readings(parts, said, sizes), READINGS_SHOWN_MAX + 1))
     if not found:
         raise _nothing_fits(said.order if said.whole else parts.names, sizes)
     if len(found) > 1 or not _is_proven(parts, options, said, found[0]):
@@ -295,6 +295,7 @@ def _question(parts: Parts, options: ImportOptions, found: Sequence[Reading]) ->
             f" ReLU, no residual connection), say {ways}",
             "With an activation between them the model cannot be imported: a bundle has no place"
             " for it",
+            *_gaps(shown[0]),
         ]
     else:
         said = [f"{names}: a state dict does not say how these stand: say {ways} if it is so"]
@@ -311,6 +312,19 @@ def _question(parts: Parts, options: ImportOptions, found: Sequence[Reading]) ->
     if parts.norms and not options.epsilon:
         said.append("--epsilon is the eps of nn.BatchNorm1d; 1e-05 is PyTorch's default")
     return AmbiguousModuleError(". ".join(said), key=parts.names[0], answers=answers)
+
+
+def _gaps(reading: Reading) -> list[str]:
+    """The numbers that an nn.Sequential leaves out, where a module without weights stands."""
+    said: list[str] = []
+    for first, then in itertools.pairwise(reading.names):
+        (owner, _, a), (other, _, b) = first.rpartition("."), then.rpartition(".")
+        if owner == other and a.isdecimal() and b.isdecimal() and int(b) - int(a) > 1:
+            said.append(
+                f"The numbers of {first} and {then} show that there is a module without weights"
+                " between them: dropout, or an activation"
+            )
+    return said
 
 
 def _answer(

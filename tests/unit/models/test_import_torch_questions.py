@@ -122,6 +122,15 @@ def test_what_a_state_dict_leaves_open_is_asked(
     assert all(way in str(caught.value) for way in ways)
 
 
+def test_a_number_left_out_shows_that_something_stands_there(tmp_path: Path) -> None:
+    layers = nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 3), nn.Linear(3, 2)
+    given = state(gru=nn.GRU(6, 9), head=nn.Sequential(*layers))
+    with pytest.raises(AmbiguousModuleError) as caught:
+        import_state(given, tmp_path)
+    assert "The numbers of head.0 and head.2 show that there is a module" in str(caught.value)
+    assert "head.2 and head.3 show" not in str(caught.value)
+
+
 def test_many_modules_have_to_be_put_in_order(tmp_path: Path) -> None:
     given = state(rnn=nn.GRU(4, 4), **{f"l{n}": nn.Linear(4, 4) for n in range(MODULES_TRIED_MAX)})
     with pytest.raises(
