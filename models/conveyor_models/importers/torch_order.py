@@ -22,12 +22,14 @@ from conveyor_models.importers.options import (
     ImportOptions,
     parse_names,
 )
-from conveyor_models.importers.torch_parts import Parts, resolved, shown_name
+from conveyor_models.importers.torch_parts import Parts, by_module, resolved, shown_name
 
 MODULES_TRIED_MAX: Final = 8
 """Modules of which all orders are tried; of more, the order has to be given."""
 READINGS_SHOWN_MAX: Final = 4
 SIZES_SHOWN_MAX: Final = 6
+DEFAULT_EPSILON: Final = "1e-05"
+"""Of nn.BatchNorm1d."""
 SIDE_BY_SIDE: Final = "+"
 _FUNCTIONS: Final = frozenset(name.lower() for name in nn.modules.activation.__all__)
 _EMBEDDING_WORDS: Final = ("emb", "lookup", "vocab", "wte", "token", "word", "char")
@@ -104,8 +106,13 @@ def _is_proven(parts: Parts, options: ImportOptions, said: _Said, reading: Readi
             return False
     if reading.is_usual(parts):
         return True
-    known = all(name in options.epsilon or "" in options.epsilon for name in parts.norms)
-    return said.whole and known and options.between == NOTHING
+    return said.whole and options.between == NOTHING and not _without_epsilon(parts, options)
+
+
+def _without_epsilon(parts: Parts, options: ImportOptions) -> list[str]:
+    """The normalisations of which --epsilon says nothing."""
+    said = by_module("--epsilon", options.epsilon, parts.norms)
+    return [name for name in parts.norms if name not in said and "" not in options.epsilon]
 
 
 # --- What the options say ------------------------------------------------------------------------
@@ -309,8 +316,8 @@ def _question(parts: Parts, options: ImportOptions, found: Sequence[Reading]) ->
     for name in dict.fromkeys(each.embedding for each in shown if each.embedding is not None):
         rows = parts.matrices[name].weight.shape[0]
         said.append(f"{shown_name(name)} first would be an nn.Embedding of {rows} tokens")
-    if parts.norms and not options.epsilon:
-        said.append("--epsilon is the eps of nn.BatchNorm1d; 1e-05 is PyTorch's default")
+    if _without_epsilon(parts, options):
+        said.append(f"--epsilon is the eps of nn.BatchNorm1d, by default {DEFAULT_EPSILON}")
     return AmbiguousModuleError(". ".join(said), key=parts.names[0], answers=answers)
 
 
@@ -339,8 +346,10 @@ def _answer(
         flags += ["--embedding", shown_name(reading.embedding) if reading.embedding else "none"]
     if not reading.is_usual(parts):
         flags += ["--between", NOTHING]
-        if not options.epsilon and parts.norms:
-            flags += ["--epsilon", "1e-05"]
+        if _without_epsilon(parts, options):
+            flags += ["--epsilon", DEFAULT_EPSILON]
+            for name, value in options.epsilon.items():
+                flags += ["--epsilon", f"{name}={value}"]
     return tuple(flags)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from conveyor_models.importers.common import exact_float32, listed, refused
 from conveyor_models.importers.options import ImportOptions
 from conveyor_models.importers.torch_cells import Recurrent, recurrent_modules
 
+T = TypeVar("T")
 ROOT: Final = "."
 """What the module whose tensors have no prefix is called in options and messages."""
 NAME_CHARACTERS_MAX: Final = 500
@@ -111,7 +112,7 @@ def parts_of(state: Mapping[str, Tensor], options: ImportOptions) -> Parts:
     norms = _take_norms(rest)
     matrices = _take_matrices(rest)
     if rest:
-        raise _without_place(rest, recurrent)
+        raise _without_place(rest, recurrent, options)
     return Parts(recurrent, matrices, norms)
 
 
@@ -140,6 +141,15 @@ def resolved(name: str, known: Iterable[str], flag: str) -> str:
         shown = listed([shown_name(each) for each in (chosen or sorted(names))]) or "none"
         raise refused(name, f"{flag} names it; {there} {shown}")
     return chosen[0]
+
+
+def by_module(flag: str, given: Mapping[str, T], known: Iterable[str]) -> dict[str, T]:
+    """What an option says of modules, by their names in the file; not what it says of all.
+
+    Raises:
+        UnsupportedModuleError: one is not there.
+    """
+    return {resolved(name, known, flag): value for name, value in given.items() if name}
 
 
 def shown_name(name: str) -> str:
@@ -287,7 +297,9 @@ def _take_matrices(rest: dict[str, Tensor]) -> dict[str, Matrix]:
     return found
 
 
-def _without_place(rest: Mapping[str, Tensor], recurrent: Mapping[str, Recurrent]) -> Exception:
+def _without_place(
+    rest: Mapping[str, Tensor], recurrent: Mapping[str, Recurrent], options: ImportOptions
+) -> Exception:
     """The error for tensors that are left over."""
     # A module that no bundle holds settles it; what could be an initial state can still be said.
     for key, tensor in rest.items():
@@ -305,7 +317,9 @@ def _without_place(rest: Mapping[str, Tensor], recurrent: Mapping[str, Recurrent
             )
         if part == "weight" and tensor.dim() > 2:
             return refused(
-                key, f"shape {shape}: {module} is a convolution, which has no place in a bundle"
+                key,
+                f"shape {shape}: {module} is a convolution or another layer that has no place in a"
+                " bundle",
             )
     for key in rest:
         if key.rpartition(".")[2] == "bias":
@@ -314,7 +328,7 @@ def _without_place(rest: Mapping[str, Tensor], recurrent: Mapping[str, Recurrent
                 "a bias without its weight; a weight that is tied to another may have been left"
                 " out when saving: save all of module.state_dict() with torch.save",
             )
-    asked = _initial_asked(rest, recurrent)
+    asked = _initial_asked(rest, recurrent, options.initial_state)
     if asked is not None:
         return asked
     left = sorted(rest)
@@ -325,7 +339,7 @@ def _without_place(rest: Mapping[str, Tensor], recurrent: Mapping[str, Recurrent
 
 
 def _initial_asked(
-    rest: Mapping[str, Tensor], recurrent: Mapping[str, Recurrent]
+    rest: Mapping[str, Tensor], recurrent: Mapping[str, Recurrent], given: Mapping[str, str]
 ) -> AmbiguousModuleError | None:
     """The question whether what is left is where the recurrent modules begin."""
     open_places = [
@@ -334,7 +348,7 @@ def _initial_asked(
         for part in (("h", "c") if module.kind == "lstm" else ("h",))
         if part not in module.initial
     ]
-    said: list[str] = []
+    said = [f"{target}={key}" for target, key in given.items()]
     for key in sorted(rest, key=lambda key: "c" in key.rpartition(".")[2].lower()):
         for place in open_places:
             module, part = place

@@ -7,7 +7,7 @@ groups stand, and here they become a model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,9 @@ from conveyor_models.importers.folding import Affine
 from conveyor_models.importers.options import NO_OPTIONS, NOTHING, ImportOptions
 from conveyor_models.importers.torch_cells import recurrent_modules
 from conveyor_models.importers.torch_order import Reading, reading_of
-from conveyor_models.importers.torch_parts import Parts, parts_of, resolved, shown_name
+from conveyor_models.importers.torch_parts import Parts, by_module, parts_of, shown_name
 
 RecurrentModule: TypeAlias = nn.LSTM | nn.GRU | nn.RNN | nn.LSTMCell | nn.GRUCell | nn.RNNCell
-T = TypeVar("T")
 
 
 def weights_from_torch(
@@ -87,7 +86,7 @@ def model_from_state(
         UnsupportedModuleError: a tensor has no place in a bundle.
     """
     parts = parts_of(state, options)
-    kinds = _named("--cell", options.cells, parts.recurrent)
+    kinds = by_module("--cell", options.cells, parts.recurrent)
     layers = {
         name: module.layers(kinds.get(name, options.cells.get("")))
         for name, module in parts.recurrent.items()
@@ -97,7 +96,7 @@ def model_from_state(
     if reading.embedding is not None:
         model.embedding = parts.matrices[reading.embedding].weight
     maps: list[Affine] = []
-    epsilon = _named("--epsilon", options.epsilon, parts.norms)
+    epsilon = by_module("--epsilon", options.epsilon, parts.norms)
     for name in reading.chain:
         if name in parts.recurrent:
             found = layers[name]
@@ -110,11 +109,6 @@ def model_from_state(
     _add_head(model, parts, reading, maps)
     model.notes += _assumptions(parts, reading, options)
     return model
-
-
-def _named(flag: str, given: Mapping[str, T], known: Mapping[str, object]) -> dict[str, T]:
-    """What an option says of modules, by their names in the file."""
-    return {resolved(name, known, flag): value for name, value in given.items() if name}
 
 
 def _affine(name: str, parts: Parts, epsilon: float) -> Affine:

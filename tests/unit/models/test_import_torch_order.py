@@ -333,6 +333,15 @@ def test_a_compiled_part_keeps_its_name(tmp_path: Path) -> None:
     check_outputs(model, module, torch.randn(STEPS, 2, 8))
 
 
+def test_an_epsilon_is_of_the_module_named(tmp_path: Path) -> None:
+    module = Net(
+        lambda m, x: m.rnn(rows_first(m.norm, x))[0], norm=nn.BatchNorm1d(5, 0.5), rnn=nn.GRU(5, 4)
+    )
+    state = {f"module.net.{name}": tensor for name, tensor in module.state_dict().items()}
+    options = ImportOptions(order=("norm", "rnn"), between="none", epsilon={"norm": 0.5})
+    check_outputs(import_state(state, tmp_path, options), module, torch.randn(STEPS, 2, 5))
+
+
 def test_several_modules_each_have_their_initial_state(tmp_path: Path) -> None:
     module = Net(
         lambda m, x: m.b(m.a(x, repeated(m.h_a, x))[0], repeated(m.h_b, x))[0],

@@ -98,6 +98,16 @@ QUESTIONS: dict[str, tuple[dict[str, Tensor], ImportOptions, tuple[str, ...]]] =
         ImportOptions(order=("rnn", "bn", "fc"), between="none"),
         ("--order rnn,bn,fc --between none --epsilon 1e-05",),
     ),
+    "one more batch normalisation": (
+        state(rnn=nn.GRU(5, 6), a=nn.Sequential(nn.BatchNorm1d(6)), b=nn.BatchNorm1d(6)),
+        ImportOptions(order=("rnn", "a.0", "b"), between="none", epsilon={"0": 0.001}),
+        ("--order rnn,a.0,b --between none --epsilon 1e-05 --epsilon 0=0.001",),
+    ),
+    "one more initial state": (
+        state(a=nn.GRU(5, 6), b=nn.GRU(6, 6)) | {"p": torch.ones(6), "q": torch.ones(6)},
+        ImportOptions(initial_state={"a.h": "p"}),
+        ("--initial-state a.h=p,b.h=q",),
+    ),
     "an initial state": (
         state(rnn=nn.GRU(5, 6)) | {"start": torch.ones(1, 1, 6)},
         ImportOptions(),
