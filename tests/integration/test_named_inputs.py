@@ -24,7 +24,7 @@ def server(start_server: StartServer, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_the_order_of_columns_changes_no_bit(server: ServerProcess) -> None:
-    values = np.random.default_rng(0).normal(0, 1, (30, 5)) + [50, 0, 0, 0, 0]
+    values = np.random.default_rng(0).normal([50, 0, 0, 0, 0], 1, (30, 5))
     frame = pd.DataFrame(values, columns=LABELS)
     shuffled = frame[LABELS[::-1]]
     with Client(server.address) as client:
