@@ -24,7 +24,8 @@ from conveyor_models.importers.common import (
 from conveyor_models.importers.keras_layers import keras_model
 from conveyor_models.importers.keras_weights import ArchiveWeights, LegacyWeights
 
-CONFIG_BYTES_MAX: Final = 16 * 1024 * 1024
+CONFIG_BYTES_MAX: Final = 4 * 1024 * 1024
+"""Of the structure: a layer takes two to four thousand bytes."""
 ENTRIES_MAX: Final = 64
 UNPACKED_TIMES_MAX: Final = 8
 """What an archive unpacks to, in sizes of the archive: Keras does not compress its weights."""
@@ -70,7 +71,9 @@ def import_keras(path: Path) -> ImportedModel:
 
 def _json(path: Path, data: bytes) -> dict[str, Any]:
     if len(data) > CONFIG_BYTES_MAX:
-        raise ImportFileError(f"structure of {len(data)} bytes", path=path)
+        raise ImportFileError(
+            f"structure of {len(data)} bytes, expected at most {CONFIG_BYTES_MAX}", path=path
+        )
     try:
         parsed: object = json.loads(data)
     except (ValueError, RecursionError) as error:

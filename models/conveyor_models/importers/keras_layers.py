@@ -270,6 +270,9 @@ def _input(name: str, config: Mapping[str, Any]) -> Flow:
         raise refused(name, "InputLayer of an unusual kind")
     sizes = cast("list[object]", shape) if isinstance(shape, list) else []
     size = sizes[2] if len(sizes) == 3 else None
+    kind = config.get("dtype")
+    if size is not None and kind not in (None, "float32", "float64"):
+        raise refused(name, f"dtype {kind} of its features rounds them, expected float32")
     return Flow(name, size if isinstance(size, int) and size >= 1 else None)
 
 

@@ -436,6 +436,31 @@ def test_models_of_early_keras_2_are_read(files: Path, tmp_path: Path) -> None:
     assert error(rows_of(import_model(file), x), expected) < KERAS_ERROR_MAX
 
 
+def test_an_input_that_rounds_its_features_is_refused(files: Path, tmp_path: Path) -> None:
+    def rounded(config: dict[str, Any]) -> None:
+        config["config"]["layers"][0]["config"]["dtype"] = "float16"
+
+    file = changed(files / "lstm.keras", tmp_path / "m.keras", rounded)
+    with pytest.raises(UnsupportedModuleError, match="dtype float16 of its features rounds them"):
+        import_model(file)
+    x, expected = answers(files, "words")  # the type of tokens rounds nothing
+    words = changed(files / "words.keras", tmp_path / "w.keras", rounded)
+    assert error(rows_of(import_model(words), x), expected) < KERAS_ERROR_MAX
+
+
+@pytest.mark.parametrize("depth", [900, 100_000])
+def test_a_structure_of_endless_depth_is_refused(depth: int, files: Path, tmp_path: Path) -> None:
+    file = tmp_path / "m.keras"
+    nested = '{"class_name": "Functional", "config": {"layers": [{"class_name": "LSTM", "config":'
+    nested += f'{{"name": "odd"}}, "inbound_nodes": [{{"args": {"[" * depth}{"]" * depth}}}]}}]}}}}'
+    with zipfile.ZipFile(file, "w") as archive, zipfile.ZipFile(files / "lstm.keras") as sound:
+        archive.writestr("metadata.json", sound.read("metadata.json"))
+        archive.writestr("config.json", nested)
+        archive.writestr("model.weights.h5", sound.read("model.weights.h5"))
+    with pytest.raises(BundleError, match=r"recursion|too deep|model: has 0 inputs"):
+        import_model(file)
+
+
 def test_an_archive_that_unpacks_to_far_more_than_it_is_takes_no_memory(
     files: Path, tmp_path: Path
 ) -> None:
