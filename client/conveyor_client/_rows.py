@@ -117,6 +117,7 @@ class RowCodec:
                 inputs = [self._array(item) for item in cast("Sequence[Rows]", inputs)]
         elif (is_table(inputs) or not tokens) and (found := named(inputs)) is not None:
             return self._in_order(found)
+        _check_mask(inputs, "inputs")
         try:
             array = np.asarray(cast("npt.ArrayLike", inputs))
         except ValueError as error:  # rows of different lengths
@@ -228,6 +229,7 @@ def pack_memory(memory: npt.ArrayLike) -> session_pb2.Memory:
                 "the columns of a memory have no names to be matched by: pass an array in the"
                 " model's order"
             )
+        _check_mask(memory, "memory")
         array = np.asarray(memory)
     except ValueError as error:  # rows of different lengths
         raise _invalid_memory(str(error)) from error
@@ -245,6 +247,14 @@ def pack_memory(memory: npt.ArrayLike) -> session_pb2.Memory:
             f"row {row} of the memory is not finite in float32", reason="NON_FINITE_INPUT"
         )
     return session_pb2.Memory(length=packed.shape[0], rows=packed.tobytes())
+
+
+def _check_mask(values: object, what: str) -> None:
+    """Refuses masked values: an array made of them would hold what the mask hides."""
+    if np.ma.is_masked(values):
+        raise NonFiniteInput(
+            f"there are masked values in the {what}; fill them first", reason="NON_FINITE_INPUT"
+        )
 
 
 def _invalid_memory(message: str) -> InvalidMemory:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Final, cast
 
 from conveyor_models.importers.common import ImportedModel, refused, two_ways
-from conveyor_models.importers.folding import linear
+from conveyor_models.importers.folding import chained, linear, note_of
 from conveyor_models.importers.keras_affine import batch_normalization, normalization, rescaling
 from conveyor_models.importers.keras_cells import (
     GATES,
@@ -73,6 +73,8 @@ def keras_model(config: Mapping[str, Any], weights: WeightSource, version: int) 
             f"{name} has {flow.size}" for name, flow in zip(outputs, flows, strict=True)
         )
         reader.notes.append(f"{len(flows)} outputs side by side in one row, in this order: {sizes}")
+        folded = [chained(flow.maps) for flow in flows if len(flow.maps) > 1]
+        reader.notes += [note_of(affine, "the head") for affine in folded]
     return model_of(side_by_side("model", outputs, flows), reader.notes)
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import conveyor_client
-from conveyor_client import InvalidMemory, InvalidShape, aio
+from conveyor_client import InvalidMemory, InvalidShape, NonFiniteInput, aio
 from conveyor_client._nouns import model_from_proto
 from conveyor_client._rows import RowCodec, pack_memory
 from tests.unit.client.conftest import QUICK
@@ -171,6 +171,15 @@ def test_a_memory_takes_no_names() -> None:
         with pytest.raises(InvalidMemory, match="columns of a memory have no names"):
             pack_memory(memory)  # type: ignore[arg-type]
     assert pack_memory(FRAME.to_numpy()).length == 2
+
+
+def test_masked_values_are_refused() -> None:
+    masked = np.ma.masked_array([[1.0, 2.0], [3.0, 4.0]], [[False, True], [False, False]])
+    with pytest.raises(NonFiniteInput, match="masked values in the inputs"):
+        FLOATS.encode(masked)
+    with pytest.raises(NonFiniteInput, match="masked values in the memory"):
+        pack_memory(masked)
+    assert FLOATS.encode(masked[1:])[1] == 1
 
 
 SUMS = [[1, 2], [4, 6]]

@@ -165,6 +165,7 @@ def test_notes_say_what_was_folded_and_which_numbers_are_which(files: Path) -> N
         "3 outputs side by side in one row, in this order: value has 1, mean has 2, lstm has 5"
         in notes
     )
+    assert any(note.startswith("dense_1, value folded into the head: ") for note in notes)
     notes = import_model(files / "dense_between.keras").notes
     assert any(note.startswith("dense folded into bidirectional: ") for note in notes)
     assert any(
