@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,22 @@ OLD = ("plain", "hard", "words", "normalized", "functional", "heads", "cudnn")
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("keras")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files, written once: Keras takes its time, and processes of one run share them."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / "keras_files"
+    with (base / "keras_files.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "complete").exists():
+            folder.mkdir(exist_ok=True)
+            write_files(folder)
+            (folder / "complete").touch()
+    return folder
+
+
+def write_files(folder: Path) -> None:
     script = Path(__file__).with_name("keras_files.py")
     home = folder / "home"  # where Keras would otherwise keep its settings
     done = subprocess.run(
@@ -77,8 +92,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         env=os.environ | {"KERAS_HOME": str(home), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    yield folder
-    shutil.rmtree(folder)
 
 
 def answers(folder: Path, name: str) -> tuple[torch.Tensor, Any]:
