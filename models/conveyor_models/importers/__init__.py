@@ -58,7 +58,7 @@ def import_model(path: Path, options: ImportOptions = NO_OPTIONS) -> ImportedMod
 
     Args:
         path: .safetensors, .pt, .pth, .bin or .ckpt (PyTorch state dicts), .onnx, .keras or .h5
-            (Keras 3).
+            (Keras 2, 3).
         options: what a state dict leaves open.
 
     Raises:
