@@ -22,6 +22,7 @@ from conveyor_server.clock import SystemClock
 from conveyor_server.config import Config, TracingConfig
 from conveyor_server.core import SessionState, Tier
 from conveyor_server.engine.engine import TorchEngine, choose_device
+from conveyor_server.hangup import HangUp
 from conveyor_server.metrics import Labels, Metrics
 from conveyor_server.reload import Reloader
 from conveyor_server.rpc.server import AddressError, GrpcServer
@@ -107,7 +108,7 @@ class App:
         self._declare_gauges()
 
     async def run(self) -> None:
-        """Serves until SIGTERM or SIGINT.
+        """Serves until SIGTERM or SIGINT, or until its terminal is closed.
 
         Raises:
             StartError: There is no model to serve, or the ready file cannot be written.
@@ -135,6 +136,7 @@ class App:
         reloader = Reloader(
             self._config, self._engine, self._models, self._driver, server.set_model_serving
         )
+        HangUp(reloader.request, self._stop_asked.set).listen()
         await reloader.look()
         if not list(self._models):
             raise StartError(f"{self._config.models.folder}: no model there can be served")

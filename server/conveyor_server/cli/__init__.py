@@ -83,7 +83,7 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda:N.")] = None,
     settings: Settings = None,
 ) -> None:
-    """Serves until SIGTERM or SIGINT; SIGHUP looks for changed models.
+    """Serves until SIGTERM, SIGINT or its terminal's end; SIGHUP looks for changed models.
 
     Exit status 2 if it cannot start, 1 if it stopped by a mistake of its own.
     """
