@@ -17,6 +17,7 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import start_http_server
 
+from conveyor.install import install_command
 from conveyor_server.admission.admission import Admission
 from conveyor_server.clock import SystemClock
 from conveyor_server.config import Config, TracingConfig
@@ -309,7 +310,8 @@ def _tracing(config: TracingConfig) -> "Tracing | None":
         from conveyor_server.rpc.tracing import Tracing  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise StartError(
-            f"tracing.endpoint needs `pip install 'conveyor[otel]'`: {error.name} is not installed"
+            f"tracing.endpoint is set and {error.name}, which it needs, is not installed:"
+            f" {install_command('otel')}"
         ) from error
     return Tracing(config)
 

@@ -243,7 +243,7 @@ class LogConfig(_Section):
 
 
 class TracingConfig(_Section):
-    """OpenTelemetry spans; they need `pip install 'conveyor[otel]'`."""
+    """OpenTelemetry spans; they need the extra `otel`."""
 
     endpoint: str = Field(default="", pattern=r"^(https?://[^/\s]+)?$")
     """Where spans are sent: an OTLP collector that speaks gRPC, as in http://127.0.0.1:4317.

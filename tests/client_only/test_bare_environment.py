@@ -1,6 +1,7 @@
 """The client from the built wheel, in an environment that has nothing else."""
 
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -166,8 +167,8 @@ def test_the_command_works(bare: Path, tmp_path: Path, server: FakeServer) -> No
     assert out == "left,right\n1,2\n4,6\n"
 
 
-def test_gates_are_watched_and_pictures_name_their_extra(
-    bare: Path, tmp_path: Path, server: FakeServer
+def test_gates_are_watched_and_pictures_say_what_to_install(
+    bare: Path, wheel: Path, tmp_path: Path, server: FakeServer
 ) -> None:
     watch = (bare / "conveyor", "watch", "tokens", "--text", "ab")
     lines = run(*watch, cwd=tmp_path, CONVEYOR_TARGET=server.target).splitlines()
@@ -177,7 +178,12 @@ def test_gates_are_watched_and_pictures_name_their_extra(
         [*watch, "--png", "gates.png"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert refused.returncode == 1
-    assert refused.stderr == "error: pictures need matplotlib: pip install 'conveyor[plot]'\n"
+    said, _, advice = refused.stderr.rstrip().rpartition(": ")
+    assert said == "error: pictures need matplotlib"
+    assert advice == f"pip install '{wheel}[plot]'"
+    arguments = shlex.split(advice)[1:]
+    installed = run(bare / "pip", *arguments, "--dry-run", cwd=tmp_path)
+    assert "matplotlib-" in installed.splitlines()[-1]
 
 
 def test_the_wheel_is_typed_and_carries_no_build_leftovers(bare: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from conveyor.install import install_command
 from conveyor_models import Bundle
 from tests.integration.bundles import TINY, add_model
 from tests.integration.process import ServerProcess, command_environment, run_command
@@ -216,7 +217,7 @@ def test_without_the_server_extra_one_line_says_what_to_install(missing: str) ->
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "pip install 'conveyor[server]'" in done.stderr
+    assert install_command("server") in done.stderr
 
 
 def test_models_show_refuses_what_is_no_bundle(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from conveyor.install import install_command
 from conveyor_server.cli.importing import import_model
 from conveyor_server.cli.output import fail, input_text, layer_text
 
@@ -184,7 +185,7 @@ def main() -> None:
         missing = (error.name or "").partition(".")[0]
         if missing not in SERVER_EXTRA:
             raise
-        fail(f"the server needs `pip install 'conveyor[server]'`: {missing} is not installed")
+        fail(f"{missing}, which the server needs, is not installed: {install_command('server')}")
 
 
 def _load(config: Path | None, models: Path | None, flags: dict[str, str]) -> Config:
