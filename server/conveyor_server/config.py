@@ -34,6 +34,7 @@ from conveyor_server.environment import (
     TOKENS,
     TOKENS_FORM,
     environment_problems,
+    other_case,
 )
 
 if TYPE_CHECKING:
@@ -336,11 +337,16 @@ def load_config(file: Path | None = None, flags: Mapping[str, str] | None = None
     # pydantic-settings reads the variables it knows, in any case, and passes over the others.
     if problems := list(environment_problems(os.environ, _keys())):
         raise ConfigError("\n".join(problems))
+    in_file, in_flags = _read_toml(file) if file else {}, _nest(flags or {})
+    if wrong := other_case((*in_file, *in_flags), Config.model_fields):
+        raise ConfigError(
+            "\n".join(f"{name}: unknown section; did you mean {name.lower()}?" for name in wrong)
+        )
     try:
         # Not fields, but what `settings_customise_sources` reads.
         return Config(
-            file=_read_toml(file) if file else {},  # pyright: ignore[reportCallIssue]
-            flags=_nest(flags or {}),  # pyright: ignore[reportCallIssue]
+            file=in_file,  # pyright: ignore[reportCallIssue]
+            flags=in_flags,  # pyright: ignore[reportCallIssue]
         )
     except ValidationError as error:
         problems = [

@@ -8,8 +8,8 @@ commands read themselves and those that Kubernetes makes of a Service are passed
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Final
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Final, cast
 
 PREFIX: Final = "CONVEYOR_"
 DELIMITER: Final = "__"
@@ -55,7 +55,7 @@ _MAY_HOLD_TOKEN: Final = re.compile(r"(.*?(?:AUTH|TOKENS?)_+(?:TOKENS?_+)?)(.+)"
 
 
 def environment_problems(
-    variables: Mapping[str, str], settings: Mapping[str, Iterable[str]]
+    variables: Mapping[str, str], settings: Mapping[str, Collection[str]]
 ) -> Iterator[str]:
     """Yields a line for each variable that is meant for the server and cannot be used.
 
@@ -73,23 +73,35 @@ def environment_problems(
     }
     for name, value in sorted(variables.items()):
         if name == TOKENS:
-            if not _is_object(value):
+            if _object(value) is None:
                 yield f"{name}: not a JSON object; expected {TOKENS_FORM}"
         elif name in sections:
-            if not _is_object(value):
+            given = _object(value)
+            if given is None:
                 yield (
                     f"{name}: not a JSON object; expected the keys of section {sections[name]},"
                     f" or a variable for each key: {name}{DELIMITER}KEY"
                 )
+            for key in other_case(given or (), settings[sections[name]]):
+                yield f"{name}: unknown key {key}; did you mean {key.lower()}?"
         elif name not in keys.keys() | RESERVED and _is_meant(name, value, keys):
             yield _unknown(name, keys, sections)
 
 
-def _is_object(value: str) -> bool:
+def other_case(names: Iterable[str], known: Collection[str]) -> list[str]:
+    """The names that are known in lower case only.
+
+    pydantic-settings would take them, and drop one of two that differ in case.
+    """
+    return [name for name in names if name not in known and name.lower() in known]
+
+
+def _object(value: str) -> dict[str, object] | None:
     try:
-        return isinstance(json.loads(value), dict)
+        found = json.loads(value)
     except (ValueError, RecursionError):
-        return False
+        return None
+    return cast(dict[str, object], found) if isinstance(found, dict) else None
 
 
 def _is_meant(name: str, value: str, keys: Iterable[str]) -> bool:

@@ -92,6 +92,11 @@ def test_an_unknown_key_in_the_file_is_refused(tmp_path: Path, text: str, named:
         ("[xyz]\nslots = 1\n", "xyz: unknown section"),
         ("slots = 1\n", "slots: unknown section; did you mean engine.slots?"),
         ("limits = 3\n", "limits: is a section and takes no value of its own"),
+        ("[Limits]\nslots = 1\n", "Limits: unknown section; did you mean limits?"),
+        (
+            '[auth]\n[AUTH.tokens]\n"0123456789abcdef" = "ann"\n',
+            "AUTH: unknown section; did you mean auth?",
+        ),
     ],
 )
 def test_a_misspelt_name_is_said_plainly_with_the_closest_known(
@@ -170,6 +175,8 @@ def test_an_unknown_environment_variable_is_refused(
         ("limits.sesions_max", "limits.sesions_max"),
         ("limit.sessions_max", "limit"),
         ("sessions_max", "sessions_max"),
+        ("Limits.sessions_max", "did you mean limits?"),
+        ("limits.Sessions_Max", "limits.Sessions_Max"),
         ("limits.", "limits."),
         (".sessions_max", ""),
         ("", "section.key"),

@@ -123,6 +123,21 @@ def test_a_token_under_auth_itself_is_not_shown(monkeypatch: pytest.MonkeyPatch)
     assert SECRET not in said
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("CONVEYOR_AUTH", f'{{"tokens": {{}}, "Tokens": {{"{SECRET}": "a"}}}}', "Tokens"),
+        ("CONVEYOR_LIMITS", '{"SESSIONS_MAX": 3}', "SESSIONS_MAX"),
+    ],
+)
+def test_a_key_in_another_case_is_refused_in_json_too(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    assert refusal(monkeypatch, variable, value) == (
+        f"{variable}: unknown key {said}; did you mean {said.lower()}?"
+    )
+
+
 def test_tokens_as_json_keep_their_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVEYOR_AUTH__TOKENS", f'{{"{SECRET}": "Alice"}}')
     assert load_config().auth.tokens == {SECRET: "Alice"}
