@@ -16,10 +16,14 @@ DELIMITER: Final = "__"
 """Between section and key."""
 RESERVED: Final = frozenset(
     {
+        "CONVEYOR_CA",
+        "CONVEYOR_CERT",
         "CONVEYOR_CONFIG",
+        "CONVEYOR_KEY",
         "CONVEYOR_METRICS",
         "CONVEYOR_TARGET",
         "CONVEYOR_TIMEOUT",
+        "CONVEYOR_TLS",
         "CONVEYOR_TOKEN",
     }
 )
