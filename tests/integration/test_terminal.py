@@ -80,8 +80,9 @@ def start(
 
     yield start_with
     for server in started:
-        if server.running:
-            server.kill()
+        with suppress(ProcessLookupError):  # its session's, should a test fail
+            os.killpg(server.pid, signal.SIGKILL)
+        server.kill()
 
 
 def messages(server: ServerProcess) -> list[str]:
