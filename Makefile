@@ -81,6 +81,7 @@ $(RUN): pyproject.toml constraints.txt | $(BIN)/python
 
 $(DEV): $(RUN)
 	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PIP) --no-deps --upgrade --target $(VENV)/contract-tools grpcio-tools
 	@touch $@
 
 $(BIN)/python:

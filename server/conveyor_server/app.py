@@ -17,11 +17,13 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import start_http_server
 
+from conveyor.install import install_command
 from conveyor_server.admission.admission import Admission
 from conveyor_server.clock import SystemClock
 from conveyor_server.config import Config, TracingConfig
 from conveyor_server.core import SessionState, Tier
 from conveyor_server.engine.engine import TorchEngine, choose_device
+from conveyor_server.hangup import HangUp
 from conveyor_server.metrics import Labels, Metrics
 from conveyor_server.reload import Reloader
 from conveyor_server.rpc.server import AddressError, GrpcServer
@@ -107,7 +109,7 @@ class App:
         self._declare_gauges()
 
     async def run(self) -> None:
-        """Serves until SIGTERM or SIGINT.
+        """Serves until SIGTERM or SIGINT, or until its terminal is closed.
 
         Raises:
             StartError: There is no model to serve, or the ready file cannot be written.
@@ -135,6 +137,7 @@ class App:
         reloader = Reloader(
             self._config, self._engine, self._models, self._driver, server.set_model_serving
         )
+        HangUp(reloader.request, self._stop_asked.set).listen()
         await reloader.look()
         if not list(self._models):
             raise StartError(f"{self._config.models.folder}: no model there can be served")
@@ -307,7 +310,8 @@ def _tracing(config: TracingConfig) -> "Tracing | None":
         from conveyor_server.rpc.tracing import Tracing  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise StartError(
-            f"tracing.endpoint needs `pip install 'conveyor[otel]'`: {error.name} is not installed"
+            f"tracing.endpoint is set and {error.name}, which it needs, is not installed:"
+            f" {install_command('otel')}"
         ) from error
     return Tracing(config)
 

@@ -28,13 +28,19 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from conveyor_server.environment import (
+    DELIMITER,
+    PREFIX,
+    TOKENS,
+    TOKENS_FORM,
+    environment_problems,
+    other_case,
+)
+
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 PORT_MAX = 65_535
-ENV_PREFIX = "CONVEYOR_"
-ENV_RESERVED = frozenset({"CONVEYOR_CONFIG", "CONVEYOR_TARGET", "CONVEYOR_TOKEN"})
-"""Read by the commands themselves."""
 
 
 class ConfigError(Exception):
@@ -238,7 +244,7 @@ class LogConfig(_Section):
 
 
 class TracingConfig(_Section):
-    """OpenTelemetry spans; they need `pip install 'conveyor[otel]'`."""
+    """OpenTelemetry spans; they need the extra `otel`."""
 
     endpoint: str = Field(default="", pattern=r"^(https?://[^/\s]+)?$")
     """Where spans are sent: an OTLP collector that speaks gRPC, as in http://127.0.0.1:4317.
@@ -261,8 +267,8 @@ class Config(BaseSettings):
     """All settings of one server process."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX,
-        env_nested_delimiter="__",
+        env_prefix=PREFIX,
+        env_nested_delimiter=DELIMITER,
         extra="forbid",
         frozen=True,
         use_attribute_docstrings=True,
@@ -328,22 +334,37 @@ def load_config(file: Path | None = None, flags: Mapping[str, str] | None = None
         ConfigError: A file that cannot be read, an unknown key or a value out of its range; every
             problem is named.
     """
-    _refuse_unknown_environment()
+    # pydantic-settings reads the variables it knows, in any case, and passes over the others.
+    if problems := list(environment_problems(os.environ, _keys())):
+        raise ConfigError("\n".join(problems))
+    in_file, in_flags = _read_toml(file) if file else {}, _nest(flags or {})
+    if wrong := other_case((*in_file, *in_flags), Config.model_fields):
+        raise ConfigError(
+            "\n".join(f"{name}: unknown section; did you mean {name.lower()}?" for name in wrong)
+        )
     try:
         # Not fields, but what `settings_customise_sources` reads.
         return Config(
-            file=_read_toml(file) if file else {},  # pyright: ignore[reportCallIssue]
-            flags=_nest(flags or {}),  # pyright: ignore[reportCallIssue]
+            file=in_file,  # pyright: ignore[reportCallIssue]
+            flags=in_flags,  # pyright: ignore[reportCallIssue]
         )
     except ValidationError as error:
         problems = [
-            # Section and key only: what lies below is the caller's, a token for instance.
-            ": ".join(filter(None, (".".join(map(str, item["loc"][:2])), _problem(item))))
+            ": ".join(filter(None, (_setting(item), _problem(item))))
             for item in error.errors(include_url=False, include_input=False)
         ]
         raise ConfigError("\n".join(problems)) from error
     except SettingsError as error:
         raise ConfigError(f"environment: {error}") from error
+
+
+def _setting(item: "ErrorDetails") -> str:
+    """Which setting is wrong, without what may be a token."""
+    # Section and key only: what lies below is the caller's.
+    where = item["loc"][:2]
+    if item["type"] == "extra_forbidden" and where[0] == "auth":
+        where = where[:1]
+    return ".".join(map(str, where))
 
 
 def _problem(item: "ErrorDetails") -> str:
@@ -352,6 +373,11 @@ def _problem(item: "ErrorDetails") -> str:
     if item["type"] == "extra_forbidden":
         if len(where) == 1:
             return "unknown section" + _guess(str(where[0]), Config.model_fields)
+        if where[0] == "auth":
+            return (
+                "unknown key, not shown as it may be a token; tokens are given in [auth.tokens], or"
+                f" as {TOKENS}='{TOKENS_FORM}'"
+            )
         return "unknown key" + _guess(str(where[-1]), _keys().get(str(where[0]), ()))
     if item["type"] == "model_type" and len(where) == 1:
         return "is a section and takes no value of its own"
@@ -392,19 +418,3 @@ def _nest(flags: Mapping[str, str]) -> dict[str, Any]:
             raise ConfigError(f"{path}: not of the form section.key")
         nested.setdefault(section, {})[key] = value
     return nested
-
-
-def _refuse_unknown_environment() -> None:
-    # pydantic-settings reads the variables it knows and passes over the others, so a misspelt one
-    # would be silent.
-    known = {f"{ENV_PREFIX}{name.upper()}" for name in Config.model_fields}
-    for variable in os.environ:
-        if not variable.startswith(ENV_PREFIX) or variable in ENV_RESERVED:
-            continue
-        if variable.partition("__")[0] not in known:
-            named = {
-                f"{ENV_PREFIX}{section}__{key}".upper()
-                for section, keys in _keys().items()
-                for key in keys
-            }
-            raise ConfigError(f"{variable}: unknown environment variable{_guess(variable, named)}")

@@ -188,7 +188,7 @@ async def test_no_exception_ends_the_regular_look(
     monkeypatch.setattr(reloader, "look", look)
     reloader.start()
     await until(lambda: looks >= 3)
-    signal.raise_signal(signal.SIGHUP)
+    reloader.request()
     reloader.stop()
     assert sum(record.exc_info is not None for record in caplog.records) >= 3
 

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
+from conveyor.install import install_command
 from conveyor_client._client import Client
 from conveyor_client._errors import ConveyorError, InvalidInput, ModelNotFound, SessionNotFound
 from conveyor_client._nouns import ModelInfo, TraceMode
@@ -118,7 +119,7 @@ def watch(
     watch a copy: `conveyor sessions fork SESSION --id COPY` and `conveyor watch COPY`.
 
     Without a terminal it prints a line for each step. `--html` and `--png` draw the newest steps,
-    up to 4096, when the input ends or Ctrl-C ends the command; they need `conveyor[plot]`.
+    up to 4096, when the input ends or Ctrl-C ends the command; they need the extra `plot`.
     """
     if (text != "") + (prompt != "") + (csv != "-") > 1:
         fail("--csv, --text and --prompt exclude each other")
@@ -285,7 +286,7 @@ def _pictures(
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
-        fail("pictures need matplotlib: pip install 'conveyor[plot]'")
+        fail(f"pictures need matplotlib: {install_command('plot')}")
 
     def write(watched: _Watched) -> None:
         span = watched.recording.whole()

@@ -71,9 +71,11 @@ def reader_module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        from conveyor.install import install_command  # noqa: PLC0415
+
         package = name.partition(".")[0]
         raise ImporterMissingError(
-            f"{package} is not installed: `pip install 'conveyor[importers]'`", key=package
+            f"{package} is not installed: {install_command('importers')}", key=package
         ) from error
 
 

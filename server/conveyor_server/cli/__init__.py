@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from conveyor.install import install_command
 from conveyor_server.cli.importing import import_model
 from conveyor_server.cli.output import fail, input_text, layer_text
 
@@ -83,7 +84,7 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda:N.")] = None,
     settings: Settings = None,
 ) -> None:
-    """Serves until SIGTERM or SIGINT; SIGHUP looks for changed models.
+    """Serves until SIGTERM, SIGINT or its terminal's end; SIGHUP looks for changed models.
 
     Exit status 2 if it cannot start, 1 if it stopped by a mistake of its own.
     """
@@ -184,7 +185,7 @@ def main() -> None:
         missing = (error.name or "").partition(".")[0]
         if missing not in SERVER_EXTRA:
             raise
-        fail(f"the server needs `pip install 'conveyor[server]'`: {missing} is not installed")
+        fail(f"{missing}, which the server needs, is not installed: {install_command('server')}")
 
 
 def _load(config: Path | None, models: Path | None, flags: dict[str, str]) -> Config:

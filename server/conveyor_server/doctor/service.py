@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from conveyor.install import install_command
 from conveyor_models import BundleError
 from conveyor_server.config import Config
 from conveyor_server.core import ModelInfo
@@ -61,7 +62,7 @@ def check_exposure(config: Config) -> Iterator[Finding]:
         yield fail(
             "configuration",
             "tracing.endpoint is set and OpenTelemetry is not installed",
-            "pip install 'conveyor[otel]', or leave tracing.endpoint empty",
+            f"{install_command('otel')}; or leave tracing.endpoint empty",
         )
 
 

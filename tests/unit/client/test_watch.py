@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from conveyor.install import install_command
 from conveyor.v1 import session_pb2
 from conveyor_client._nouns import model_from_proto
 from conveyor_client.cli._app import app
@@ -232,7 +233,7 @@ def test_without_matplotlib_the_extra_is_named_before_anything_runs(
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = watch("tokens", "--text", "a", "--png", str(tmp_path / "gates.png"), status=1)
-    assert result.stderr == "error: pictures need matplotlib: pip install 'conveyor[plot]'\n"
+    assert result.stderr == f"error: pictures need matplotlib: {install_command('plot')}\n"
     assert not threaded_server.world.calls["StreamSteps"]
     assert len(steps_of(watch("tokens", "--text", "a"))) == 1
 

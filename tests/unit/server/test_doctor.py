@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from conveyor.install import install_command
 from conveyor_server.config import Config, load_config
 from conveyor_server.core import ModelInfo
 from conveyor_server.doctor import Finding, Status, examine, machine, service, worst
@@ -137,7 +138,7 @@ def test_an_older_package_fails(version: str, monkeypatch: pytest.MonkeyPatch) -
     finding = only(machine.check_versions())
     assert finding.status is Status.FAIL
     assert f"thing {version} is older than 1.85.1" in finding.found
-    assert "pip install" in finding.advice
+    assert finding.advice == install_command("server")
 
 
 @pytest.mark.parametrize("version", ["1.85.1", "1.85.1+cpu", "1.100", "2.0rc1"])
@@ -248,7 +249,7 @@ def test_tracing_without_its_extra_fails(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(service.importlib.util, "find_spec", lambda _: None)
     finding = only(service.check_exposure(traced))
     assert finding.status is Status.FAIL
-    assert "conveyor[otel]" in finding.advice
+    assert install_command("otel") in finding.advice
 
 
 # --- ports, store, device ------------------------------------------------------------------------
