@@ -7,6 +7,7 @@ stepped by the same kernels as a session, and may be left off after any step.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias, cast
@@ -23,7 +24,7 @@ from conveyor_server.engine.products import ProductFamily
 from conveyor_server.engine.readout import Readout
 from conveyor_server.errors import SessionQuarantined
 
-Guard: TypeAlias = Callable[[], computing]
+Guard: TypeAlias = Callable[[], AbstractContextManager[None]]
 """Makes the mode in which a slice is computed."""
 
 

@@ -79,9 +79,9 @@ def test_each_error_is_of_one_kind(error: RuntimeError, expected: str) -> None:
 def test_a_lost_device_is_reported_before_anything_is_raised() -> None:
     reported: list[RuntimeError] = []
     error = _accelerator_error(ILLEGAL)
-    with pytest.raises(DeviceLost, match="illegal memory access was encountered$"):
-        with computing(CPU, reported.append):
-            raise error
+    lost = pytest.raises(DeviceLost, match=r"illegal memory access was encountered$")
+    with lost, computing(CPU, reported.append):
+        raise error
     assert reported == [error]
     assert not torch.is_inference_mode_enabled()
 
