@@ -118,7 +118,6 @@ def _replacements(crossings: Crossings) -> dict[str, Callable[..., Any]]:
         "__float__": scalar,
         "__int__": scalar,
         "item": scalar,
-        "tolist": lambda self: crossings.to_numpy(self, force=True).tolist(),
         "numpy": lambda self, *, force=False: crossings.to_numpy(self, force=force),
         "nonzero": _aten.nonzero.default,
         "cpu": lambda self: _aten._to_copy.default(self, device=torch.device("cpu")),
