@@ -174,6 +174,8 @@ def check_device(config: Config) -> Iterator[Finding]:
             " CUDA build of torch",
         )
         return
+    build = f"CUDA {report.cuda_version}" if report.cuda_version else "CPU only"
+    yield ok("device", f"{report.device} ({report.name}), torch {report.torch_version} ({build})")
     if report.passed_over:
         yield warn(
             "device",
@@ -181,8 +183,6 @@ def check_device(config: Config) -> Iterator[Finding]:
             "install a build of torch that has kernels for it, or free its memory; until then"
             " engine.device = auto takes the CPU",
         )
-    build = f"CUDA {report.cuda_version}" if report.cuda_version else "CPU only"
-    yield ok("device", f"{report.device} ({report.name}), torch {report.torch_version} ({build})")
     if report.kind == "cuda":
         return
     if engine.device == "auto" and not report.passed_over and NVIDIA_DEVICE.exists():
