@@ -151,6 +151,10 @@ def _write(options: argparse.Namespace, lines: list[Line]) -> None:
         },
         "lines": [line.to_json() for line in lines],
     }
+    if set(options.only) & set(SERVED):
+        from bench.served import WARM_SECONDS
+
+        raw["settings"]["warm_seconds"] = WARM_SECONDS
     if CUDA in options.only:
         raw["device"] = facts.cuda_device()
     options.json.write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")

@@ -18,8 +18,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-readonly TOTAL_SECONDS=470 # the tests get what the stages before them and the bench leave of it
-readonly BENCH_SECONDS=100 STAGE_SECONDS=50
+readonly TOTAL_SECONDS=470 BENCH_SECONDS=100
 readonly FAILED=1 CANNOT_RUN=2
 # Import name and name in the index of all that tests/gpu and the bench need beside torch, numpy and
 # pytest with what those bring.
@@ -35,6 +34,13 @@ readonly NEEDED=(
   sortedcontainers=sortedcontainers
   safetensors=safetensors
 )
+
+# Every stage gets what is left of the total, less this much for those after it.
+within() { # seconds to leave, the command
+  local left="$((TOTAL_SECONDS - SECONDS - $1))"
+  shift
+  timeout --kill-after=10 "$((left > 0 ? left : 1))" "$@"
+}
 
 mode=run
 case "${1:-}" in
@@ -96,7 +102,7 @@ install() {
   fi
 }
 
-if ! timeout "$STAGE_SECONDS" "$python" -c 'import numpy, pytest, torch'; then
+if ! within "$BENCH_SECONDS" "$python" -c 'import numpy, pytest, torch'; then
   echo "$python has no torch, numpy or pytest: set PYTHON to an interpreter that has them" >&2
   exit "$CANNOT_RUN"
 fi
@@ -107,7 +113,7 @@ if ! install >&2 || [ -n "$(missing)" ]; then
 fi
 
 device() { # its name, or why there is none
-  timeout "$STAGE_SECONDS" "$python" - <<'PYTHON'
+  within "$BENCH_SECONDS" "$python" - <<'PYTHON'
 import sys, torch
 from conveyor_server.engine.devices import find_device
 
@@ -120,33 +126,32 @@ PYTHON
 about() {
   date -u '+%Y-%m-%dT%H:%M:%SZ'
   git log -1 --format='commit %H' 2>/dev/null || echo 'commit unknown'
-  timeout "$STAGE_SECONDS" nvidia-smi --format=csv \
+  within "$BENCH_SECONDS" nvidia-smi --format=csv \
     --query-gpu=name,driver_version,memory.total,clocks.max.sm || echo 'nvidia-smi does not answer'
-  timeout "$STAGE_SECONDS" "$python" - <<'PYTHON'
-import importlib.metadata, platform, torch
+  within "$BENCH_SECONDS" "$python" - <<'PYTHON'
+import platform, torch
 from bench import facts
 
 print("Python", platform.python_version(), "on", facts.machine()["cpu"])
 print("CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version())
 print(facts.cuda_device())
-for name in ("torch", "triton", "numpy", "pytest", "pydantic", "hypothesis"):
-    print(name, importlib.metadata.version(name))
+print(facts.versions())
 PYTHON
 }
 run_tests() {
-  # An interrupt, so that what was found until then is still reported. A shell in the background has
-  # its children ignore it.
-  timeout --signal=INT --kill-after=10 "$((TOTAL_SECONDS - BENCH_SECONDS - 10 - SECONDS))" \
-    "$python" -c '
+  # An end by the clock is an interrupt to pytest, so that it reports what it found until then.
+  within "$((BENCH_SECONDS + 10))" "$python" -c '
 import signal, sys, pytest
 
-signal.signal(signal.SIGINT, signal.default_int_handler)
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGTERM, interrupt)
 sys.exit(pytest.main(sys.argv[1:]))
 ' tests/gpu -q -ra --durations=15 --timeout=200 -p no:cacheprovider
 }
 run_bench() {
-  timeout --kill-after=10 "$((TOTAL_SECONDS - 10 - SECONDS))" \
-    "$python" -m bench --only cuda --json "$temporary/bench.json"
+  within 10 "$python" -m bench --only cuda --json "$temporary/bench.json"
 }
 
 status=0
@@ -168,14 +173,14 @@ everything() {
   return "$status"
 }
 
-collected="$(timeout "$STAGE_SECONDS" "$python" -m pytest tests/gpu --collect-only -q \
+collected="$(within "$BENCH_SECONDS" "$python" -m pytest tests/gpu --collect-only -q \
   -p no:cacheprovider)" || {
   echo "$collected"
   echo "tests/gpu does not collect" >&2
   exit "$FAILED"
 }
 tail -n 1 <<<"$collected"
-timeout "$STAGE_SECONDS" "$python" -c 'import bench.__main__, bench.cuda' || exit "$FAILED"
+within "$BENCH_SECONDS" "$python" -c 'import bench.__main__, bench.cuda' || exit "$FAILED"
 echo "the bench can be imported"
 if [ "$mode" = dry-run ]; then
   exit 0

@@ -370,7 +370,7 @@ def test_products_are_float32_not_tf32() -> None:
     a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
     exact = a.double() @ b.double()
     found = (a.to(DEVICE) @ b.to(DEVICE)).cpu().double()
-    assert float((found - exact).norm() / exact.norm()) < 1e-6
+    assert float((found - exact).norm() / exact.norm()) < 5e-6
 
 
 def test_devices_are_chosen_by_name() -> None:
