@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import logging
+import os
 import signal
 import sys
 import uuid
@@ -12,7 +13,7 @@ from collections.abc import Iterable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import start_http_server
@@ -22,7 +23,8 @@ from conveyor_server.admission.admission import Admission
 from conveyor_server.clock import SystemClock
 from conveyor_server.config import Config, TracingConfig
 from conveyor_server.core import SessionState, Tier
-from conveyor_server.engine.engine import TorchEngine, choose_device
+from conveyor_server.engine.devices import choose_device
+from conveyor_server.engine.engine import TorchEngine
 from conveyor_server.hangup import HangUp
 from conveyor_server.metrics import Labels, Metrics
 from conveyor_server.reload import Reloader
@@ -43,6 +45,8 @@ GIL_SWITCH_SECONDS: Final = 0.0005
 
 The default of 5 ms would be felt between the event loop and the engine's thread.
 """
+EXIT_DEVICE_LOST: Final = 3
+"""Exit status of a process whose device failed for good."""
 SERVER_LIMITS: Final = (
     "sessions_max",
     "streams_max",
@@ -70,7 +74,7 @@ class App:
         """Builds everything; nothing runs yet.
 
         Raises:
-            DeviceError: The configured device is not there.
+            DeviceError: The configured device is not there, or cannot be used.
             StartError: Calls are to be traced and the extra for it is not installed.
         """
         self._config = config
@@ -82,7 +86,9 @@ class App:
             self._device,
             cpu_threads=config.engine.cpu_threads,
             slots=config.engine.slots,
+            batch_sessions_max=config.engine.batch_sessions_max,
             verify_same_bits=config.engine.verify_same_bits,
+            on_lost=self._end_at_once,
         )
         self._models = ModelTable(dropped=self._engine.remove)
         self._store = MemoryStore()
@@ -158,6 +164,23 @@ class App:
         """The driver ticks no more."""
         self._broken = True
         self._stop_asked.set()
+
+    def _end_at_once(self, error: RuntimeError) -> NoReturn:
+        """Ends the process on whatever thread this is: no session can be stepped or saved here.
+
+        Nothing is drained. What runs would wait for the device, and callers learn soonest from a
+        connection that breaks off that they have to look elsewhere.
+        """
+        _log.critical(
+            "the device is lost; the process ends",
+            exc_info=error,
+            extra={
+                "device": str(self._device),
+                "sessions": len(self._scheduler.sessions),
+                "exit_status": EXIT_DEVICE_LOST,
+            },
+        )
+        os._exit(EXIT_DEVICE_LOST)
 
     async def _stop(self, server: GrpcServer) -> None:
         _log.info("draining", extra={"sessions": len(self._scheduler.sessions)})

@@ -91,7 +91,7 @@ class EngineConfig(_Section):
     """How the arithmetic runs."""
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """auto takes the first CUDA device there is, else the CPU."""
+    """auto takes the first CUDA device that can be used, else the CPU; cuda and cuda:N insist."""
     cpu_threads: int = Field(default=1, ge=1, le=256)
     """Threads of one engine call on a CPU.
 

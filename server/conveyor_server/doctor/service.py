@@ -17,11 +17,10 @@ from conveyor_server.core import ModelInfo
 from conveyor_server.doctor.finding import Finding, fail, ok, warn
 from conveyor_server.doctor.machine import cores, memory_bytes
 from conveyor_server.engine.about import about_device
-from conveyor_server.engine.engine import DeviceError, TorchEngine, choose_device
+from conveyor_server.engine.devices import DeviceError, find_device
+from conveyor_server.engine.engine import TorchEngine
 from conveyor_server.engine.loader import load_repository
 
-PROBE_SLOTS: Final = 8
-"""As many as the probe of same bits runs at once; a whole pool is not needed for it."""
 NVIDIA_DEVICE: Final = Path("/dev/nvidiactl")
 GIB: Final = 2**30
 
@@ -178,9 +177,16 @@ def check_device(config: Config) -> Iterator[Finding]:
         return
     build = f"CUDA {report.cuda_version}" if report.cuda_version else "CPU only"
     yield ok("device", f"{report.device} ({report.name}), torch {report.torch_version} ({build})")
+    if report.passed_over:
+        yield warn(
+            "device",
+            f"there is a CUDA device that cannot be used: {report.passed_over}",
+            "install a build of torch that has kernels for it, or free its memory; until then"
+            " engine.device = auto takes the CPU",
+        )
     if report.kind == "cuda":
         return
-    if engine.device == "auto" and NVIDIA_DEVICE.exists():
+    if engine.device == "auto" and not report.passed_over and NVIDIA_DEVICE.exists():
         advice = (
             "the driver is too old for it, see `nvidia-smi`"
             if report.cuda_version
@@ -202,10 +208,12 @@ def check_models(config: Config, models: list[Model]) -> Iterator[Finding]:
     Those that pass are added to `models`.
     """
     try:
-        device = choose_device(config.engine.device)
+        device = find_device(config.engine.device).device
     except DeviceError:
         return  # the check of the device says so
-    engine = TorchEngine(device, cpu_threads=config.engine.cpu_threads, slots=PROBE_SLOTS)
+    # As many slots as the probe of same bits runs at once; a whole pool is not needed for it.
+    slots = min(config.engine.slots, config.engine.batch_sessions_max)
+    engine = TorchEngine(device, cpu_threads=config.engine.cpu_threads, slots=slots)
     folder = config.models.folder
     try:
         found = load_repository(folder, engine, {}, config.limits)

@@ -10,6 +10,7 @@ from conveyor_models.repository import FoundBundle
 from conveyor_server.config import LimitsConfig
 from conveyor_server.core import ELEMENT_BYTES, InputKind, LayerInfo, ModelInfo, ModelKey
 from conveyor_server.engine.engine import Runner, SameBitsError, TorchEngine
+from conveyor_server.errors import ConveyorError
 
 Fingerprint: TypeAlias = tuple[tuple[int, int, int], ...]
 """See `FoundBundle.fingerprint`."""
@@ -76,7 +77,7 @@ def load_repository(
             _load(each, engine, known, limits, found)
         except (BundleError, SameBitsError) as error:
             found.problems.append(str(error))
-        except (RuntimeError, MemoryError) as error:  # torch's own, out of memory for instance
+        except (RuntimeError, MemoryError, ConveyorError) as error:  # out of memory for instance
             found.problems.append(f"{each.path}: cannot be loaded: {error}")
     return found
 
