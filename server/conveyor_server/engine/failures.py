@@ -32,10 +32,8 @@ class computing:
     ) -> None:
         self._mode.__exit__(kind, error, traceback)
         if isinstance(error, torch.OutOfMemoryError):
-            raise DeviceOutOfMemory(
-                "the device has no memory left for this",
-                limit="device memory",
-                maximum=str(self._device),
-            ) from error
+            raise DeviceOutOfMemory(str(self._device)) from error
         if isinstance(error, RuntimeError):
-            raise EngineFailed("the engine failed; nothing was applied") from error
+            raise EngineFailed(
+                "the engine failed on this batch; nothing was applied, so send the request again"
+            ) from error

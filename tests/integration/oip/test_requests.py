@@ -150,7 +150,7 @@ WRONG: dict[str, tuple[dict[str, Any], Refusal, str]] = {
     "no step": (
         {"shape": (1, 0, 3), "raw": b""},
         Refusal("INVALID_ARGUMENT", "EMPTY_CHUNK"),
-        "no step",
+        "has 0 steps",
     ),
     "NaN": (
         {"raw": np.full(3, np.nan, np.float32).tobytes()},
@@ -160,12 +160,12 @@ WRONG: dict[str, tuple[dict[str, Any], Refusal, str]] = {
     "beyond FP32": (
         {"datatype": "FP64", "raw": np.full(3, 1e300).tobytes()},
         Refusal("INVALID_ARGUMENT", "NON_FINITE_INPUT"),
-        "NaN",
+        "input[0, 0] is infinite",
     ),
     "beyond INT8": (
         {"datatype": "INT8", "contents": {"int_contents": [1, 2, 300]}},
         INVALID_FIELD,
-        "outside INT8",
+        "does not fit its datatype INT8",
     ),
     "both contents": (
         {"contents": {"fp32_contents": [1, 2, 3]}, "raw": ROW.tobytes()},
@@ -182,8 +182,8 @@ WRONG: dict[str, tuple[dict[str, Any], Refusal, str]] = {
     "an unknown input": ({"name": "X"}, INVALID_FIELD, "unexpected inference input 'X'"),
     "an unknown output": ({"outputs": ("OUTPUT", "X")}, INVALID_FIELD, "inference output 'X'"),
     "version x": ({"version": "x"}, INVALID_FIELD, "version"),
-    "version 0": ({"version": "0"}, INVALID_FIELD, "unknown model: 'tiny' version 0 is not found"),
-    "version 9": ({"version": "9"}, INVALID_FIELD, "unknown model: 'tiny' version 9 is not found"),
+    "version 0": ({"version": "0"}, INVALID_FIELD, "'tiny' version 0 is not found; versions"),
+    "version 9": ({"version": "9"}, INVALID_FIELD, "'tiny' version 9 is not found; it has 1"),
     "start of a text": (
         {"parameters": {"sequence_start": {"string_param": "true"}}},
         INVALID_FIELD,
