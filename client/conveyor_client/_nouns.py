@@ -96,7 +96,7 @@ class TensorSignature:
         if (tokens < 0).any():
             unknown = text[int(np.argmin(tokens))]
             raise TokenOutOfRange(
-                f"the model's vocabulary has no {unknown!r}", reason="TOKEN_OUT_OF_RANGE"
+                f"{unknown!r} is not in the model's vocabulary", reason="TOKEN_OUT_OF_RANGE"
             )
         return tokens
 

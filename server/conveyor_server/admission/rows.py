@@ -42,8 +42,9 @@ def check_size(model: ModelInfo, rows: bytes, length: int) -> None:
     """Raises `InvalidShape` unless the rows have the bytes that so many steps take."""
     if len(rows) != length * model.input_row_bytes:
         raise InvalidShape(
-            f"got {len(rows):,} bytes of input; {length:,} steps of model {model.key.name!r} take"
-            f" {length * model.input_row_bytes:,} (steps x {model.input_size} values x 4 bytes)"
+            f"got {len(rows):,} bytes of input; model {model.key.name!r} takes"
+            f" {length * model.input_row_bytes:,} for {length:,} x {model.input_size} values of 4"
+            " bytes"
         )
 
 

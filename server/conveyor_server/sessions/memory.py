@@ -43,9 +43,9 @@ def check_memory(model: ModelInfo, memory: MemoryRows | None) -> None:
     check_memory_rows(model, memory.length)
     if len(memory.rows) != memory.length * model.memory_row_bytes:
         raise InvalidShape(
-            f"got {len(memory.rows):,} bytes of memory; {memory.length:,} rows for model {name!r}"
-            f" take {memory.length * model.memory_row_bytes:,} (rows x {model.memory_row_size}"
-            " values x 4 bytes)"
+            f"got {len(memory.rows):,} bytes of memory; model {name!r} takes"
+            f" {memory.length * model.memory_row_bytes:,} for {memory.length:,} x"
+            f" {model.memory_row_size} values of 4 bytes"
         )
 
 

@@ -130,16 +130,16 @@ WRONG: dict[str, tuple[dict[str, Any], Refusal, str]] = {
     "half an element of FP64": (
         {"datatype": "FP64", "raw": bytes(8 * 3 + 4)},
         INVALID_SHAPE,
-        "28 bytes are not whole elements",
+        "has 28 bytes, not a multiple",
     ),
     "half an element of BF16": (
         {"datatype": "BF16", "raw": bytes(2 * 3 + 1)},
         INVALID_SHAPE,
-        "7 bytes are not whole elements",
+        "has 7 bytes, not a multiple",
     ),
-    "too few bytes": ({"raw": ROW.tobytes()[:-1]}, INVALID_SHAPE, "12 bytes"),
-    "too many bytes": ({"raw": ROW.tobytes() * 2}, INVALID_SHAPE, "not 24"),
-    "half an element": ({"datatype": "INT64", "raw": b"12345"}, INVALID_SHAPE, "not whole"),
+    "too few bytes": ({"raw": ROW.tobytes()[:-1]}, INVALID_SHAPE, "takes 12 "),
+    "too many bytes": ({"raw": ROW.tobytes() * 2}, INVALID_SHAPE, "got 24 bytes"),
+    "half an element": ({"datatype": "INT64", "raw": b"12345"}, INVALID_SHAPE, "not a multiple"),
     "too few elements": ({"datatype": "INT8", "raw": b"12"}, INVALID_SHAPE, "count 2, expected 3"),
     "too few typed": (
         {"contents": {"fp32_contents": [1.0]}},

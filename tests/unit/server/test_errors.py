@@ -157,9 +157,7 @@ def test_errors_of_other_rooms_have_a_reason_of_the_list_too() -> None:
 
 def test_the_callers_words_are_quoted_and_nothing_else_is() -> None:
     assert make(errors.SessionNotFound).message == "there is no session 's'"
-    assert (
-        errors.Internal().message == "internal error of the server; the details are in its log"
-    )
+    assert errors.Internal().message == "internal error of the server; the details are in its log"
     gap = errors.StepGap(9, 5)
     assert gap.metadata == {"expected_step": "5"}
     assert "9" in gap.message
