@@ -62,3 +62,8 @@ class UnsupportedModuleError(BundleError):
     It is refused, not approximated, and `key` is the layer, node or tensor. The same where a file
     can be understood in two ways: the message says which option decides.
     """
+
+
+def os_reason(error: OSError) -> str:
+    """Why the operating system refused, without the number of the error."""
+    return (error.strerror or str(error)).lower()

@@ -72,7 +72,7 @@ def run(act: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 def os_error_text(error: OSError) -> str:
     """What went wrong with which file, without the number of the error."""
-    why = error.strerror or str(error)
+    why = (error.strerror or str(error)).lower()
     return f"{error.filename}: {why}" if error.filename else why
 
 

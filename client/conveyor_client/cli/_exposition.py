@@ -44,8 +44,8 @@ def fetch(url: str, timeout_seconds: float) -> Samples:
             )
         return parse(response.read(_EXPOSITION_BYTES_MAX).decode())
     except OSError as error:
-        why = error.strerror or str(error)
-        raise TransportError(f"cannot reach {url}: {why.lower()}", reason="TRANSPORT") from error
+        why = (error.strerror or str(error)).lower()
+        raise TransportError(f"cannot reach {url}: {why}", reason="TRANSPORT") from error
     except (http.client.HTTPException, UnicodeDecodeError) as error:
         message = f"{url}: what answers there does not speak HTTP with metrics"
         raise TransportError(message, reason="TRANSPORT") from error

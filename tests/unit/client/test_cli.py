@@ -87,7 +87,7 @@ def test_run_takes_tokens(conveyor) -> None:
 
 
 def test_run_needs_its_file(conveyor) -> None:
-    assert "No such file" in conveyor("run", "counter", "/nowhere.csv", status=1).stderr
+    assert "no such file" in conveyor("run", "counter", "/nowhere.csv", status=1).stderr
 
 
 def test_generate_writes_what_comes(conveyor, threaded_server: FakeServer) -> None:
@@ -131,7 +131,7 @@ def test_a_memory_comes_from_a_file(conveyor, threaded_server: FakeServer, tmp_p
         refused = conveyor(*command, stdin="1,1\n", status=1)
         assert "INVALID_MEMORY" in refused.stderr
         missing = conveyor(*command, "--memory", "/nowhere.npy", stdin="1,1\n", status=1)
-        assert "No such file" in missing.stderr
+        assert "no such file" in missing.stderr
 
 
 def test_bench_makes_a_memory_up(invoke_json, threaded_server: FakeServer) -> None:

@@ -159,7 +159,7 @@ def test_what_cannot_be_watched_is_one_line(watch, threaded_server: FakeServer) 
             "a",
         ): "the outputs of tokens are not tokens, so it cannot go on alone",
         ("tokens", "--text", "az"): "TOKEN_OUT_OF_RANGE: 'z' is not in the model's vocabulary",
-        ("tokens", "--csv", "/nowhere.csv"): "/nowhere.csv: No such file or directory",
+        ("tokens", "--csv", "/nowhere.csv"): "/nowhere.csv: no such file or directory",
         ("tale", "--memory", "m.npy"): "--memory: session tale has its memory since it was opened;"
         " leave the flag out",
     }.items():
@@ -212,7 +212,7 @@ def test_a_bad_row_ends_the_watching_and_the_picture_shows_the_rows_before(
 
 def test_a_picture_that_cannot_be_written_is_one_line(watch, tmp_path: Path) -> None:
     result = watch("tokens", "--text", "a", "--png", str(tmp_path), status=1)
-    assert result.stderr == f"error: {tmp_path}: Is a directory\n"
+    assert result.stderr == f"error: {tmp_path}: is a directory\n"
 
 
 def test_a_picture_that_has_no_folder_is_refused_before_anything_runs(

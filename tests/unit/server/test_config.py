@@ -91,7 +91,7 @@ def test_an_unknown_key_in_the_file_is_refused(tmp_path: Path, text: str, named:
         ("[engin]\nslots = 1\n", "engin: unknown section; did you mean engine?"),
         ("[xyz]\nslots = 1\n", "xyz: unknown section"),
         ("slots = 1\n", "slots: unknown section; did you mean engine.slots?"),
-        ("limits = 3\n", "limits: is a section and takes no value of its own"),
+        ("limits = 3\n", "limits: is a section, which has keys and no value of its own"),
     ],
 )
 def test_a_misspelt_name_is_said_plainly_with_the_closest_known(
@@ -130,7 +130,7 @@ def test_a_misspelt_variable_is_said_plainly(
 
 def test_a_variable_for_a_whole_section_has_to_be_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVEYOR_LIMITS", "many")
-    with pytest.raises(ConfigError, match="limits"):
+    with pytest.raises(ConfigError, match="CONVEYOR_LIMITS: not JSON"):
         load_config()
 
 
@@ -169,7 +169,7 @@ def test_variables_of_the_commands_are_passed_over(monkeypatch: pytest.MonkeyPat
         ("sessions_max", "sessions_max"),
         ("limits.", "limits."),
         (".sessions_max", ""),
-        ("", "section.key"),
+        ("", "SECTION.KEY"),
     ],
 )
 def test_an_unknown_flag_is_refused(flag: str, named: str) -> None:
@@ -212,8 +212,8 @@ def test_a_value_out_of_its_range_is_refused(flag: str, value: str) -> None:
 @pytest.mark.parametrize(
     ("tokens", "problem"),
     [
-        ({"0123456789abcdef": 7}, "auth.tokens: Input should be a valid string"),
-        ({"0123456789abcde": "ann"}, "shorter than 16"),
+        ({"0123456789abcdef": 7}, "auth.tokens: expected text"),
+        ({"0123456789abcde": "ann"}, "fewer than 16"),
         ({"0123456789abcdef": ""}, "principal"),
         ({"0123456789abcdef": "a\nb"}, "principal"),
     ],
@@ -237,11 +237,11 @@ def test_an_unusable_token_is_refused_without_being_shown(
         ({"limits.chunk_steps_max": "8"}, ()),
         (
             {"limits.chunk_steps_max": "9", "limits.steps_in_flight_max": "8"},
-            ("limits.chunk_steps_max is 9", "limits.steps_in_flight_max with 8"),
+            ("limits.chunk_steps_max is 9", "limits.steps_in_flight_max, which is 8"),
         ),
         (
             {"limits.idle_seconds_default": "7", "limits.idle_seconds_max": "6.5"},
-            ("limits.idle_seconds_default is 7", "limits.idle_seconds_max with 6.5"),
+            ("limits.idle_seconds_default is 7", "limits.idle_seconds_max, which is 6.5"),
         ),
         ({"listen.tls_key_file": "key.pem"}, ("tls_certificate_file", "tls_key_file")),
         ({"listen.tls_certificate_file": "c.pem", "listen.tls_key_file": "key.pem"}, ()),

@@ -192,7 +192,7 @@ def test_every_limit_is_provoked_or_refuses_nothing() -> None:
 @pytest.mark.parametrize("name", PROVOKED)
 def test_a_refusal_names_the_limit_and_its_value(name: str) -> None:
     value, provoke = PROVOKED[name]
-    it = Rig((FEATURES, TOKENS), **{name: value})
+    it = Rig((FEATURES, TOKENS), limits=LimitsConfig.model_validate({name: value}))
     with pytest.raises(ConveyorError) as caught:
         provoke(it)
     assert f"limits.{name} is {value:,}" in caught.value.message
