@@ -12,6 +12,8 @@ import pytest
 from grpc import aio
 
 from conveyor.v1 import session_pb2
+from conveyor_client import LimitExceeded
+from conveyor_client import aio as aio_client
 from tests.integration.conftest import StartServer
 from tests.integration.process import ServerProcess
 from tests.integration.wire import (
@@ -463,3 +465,12 @@ async def test_a_client_that_reads_nothing_is_let_go(start_server: StartServer) 
 async def _read_on(stream: Stream) -> None:
     while await stream.call.read() is not aio.EOF:
         pass
+
+
+async def test_more_calls_at_once_than_the_transport_carries(start_server: StartServer) -> None:
+    server = start_server({"limits.concurrent_calls_max": 1})
+    async with Wire(server.address) as wire, aio_client.Client(server.address) as client:
+        async with wire.stream() as stream:
+            await stream.open("tiny")
+            with pytest.raises(LimitExceeded, match=r"\(limits.concurrent_calls_max\)"):
+                await client.model("tiny")

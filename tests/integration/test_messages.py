@@ -100,13 +100,13 @@ def test_ports_in_use_name_their_setting(models: Path) -> None:
             assert said == f"conveyor-server: {expected}"
 
 
-@pytest.mark.parametrize(
-    ("make", "why"),
-    [
-        (lambda path: path.mkdir(), "is a directory"),
-        (lambda path: path.write_bytes(b"\xff\xfe"), "not valid TOML"),
-    ],
-)
+UNREADABLE: list[tuple[Callable[[Path], object], str]] = [
+    (lambda path: path.mkdir(), "is a directory"),
+    (lambda path: path.write_bytes(b"\xff\xfe"), "not valid TOML"),
+]
+
+
+@pytest.mark.parametrize(("make", "why"), UNREADABLE)
 def test_a_configuration_file_that_cannot_be_read(
     make: Callable[[Path], object], why: str, tmp_path: Path
 ) -> None:

@@ -43,7 +43,9 @@ def choose_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         device = torch.device("cuda", device.index or 0)
         if (device.index or 0) >= count:
-            raise DeviceError(f"engine.device: {name} is not there; CUDA devices found: {count}")
+            raise DeviceError(
+                f"engine.device: {name} not found; torch sees {count} CUDA devices here"
+            )
     return device
 
 

@@ -136,4 +136,7 @@ class Copies:
 
 def _check_copyable(session: Session) -> None:
     if session.quarantined:
-        raise SessionQuarantined(f"session {session.session_id!r} is quarantined")
+        raise SessionQuarantined(
+            f"session {session.session_id!r} is quarantined, so it cannot be copied; reset or"
+            " close it"
+        )
