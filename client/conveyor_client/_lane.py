@@ -251,8 +251,8 @@ class Lane:
                 await call.write(frame)
         except grpc.aio.AioRpcError as error:
             return error_from_call(error, self._target)
-        except asyncio.InvalidStateError as error:  # the call is done already
-            message = f"the connection to {self._target} broke: {error}"
+        except asyncio.InvalidStateError:  # the call is done already
+            message = f"the connection to {self._target} broke"
             return TransportError(message, reason="TRANSPORT")
 
     def _pack(self) -> Request:

@@ -407,6 +407,8 @@ def _read_toml(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(os_error_text(error, file)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not text in UTF-8") from error
     except ValueError as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from error
 

@@ -102,7 +102,7 @@ def test_ports_in_use_name_their_setting(models: Path) -> None:
 
 UNREADABLE: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: path.mkdir(), "is a directory"),
-    (lambda path: path.write_bytes(b"\xff\xfe"), "not valid TOML"),
+    (lambda path: path.write_bytes(b"\xff\xfe"), "not text in UTF-8"),
 ]
 
 

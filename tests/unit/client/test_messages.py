@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 import conveyor_client
-from conveyor_client import ConveyorError, InvalidShape, NotOpen, Options, TransportError, aio
+from conveyor_client import (
+    ConveyorError,
+    InvalidField,
+    InvalidShape,
+    NotOpen,
+    Options,
+    TransportError,
+    aio,
+)
 from tests.unit.client.fake.server import FakeServer
 
 OPTIONS = Options(call_attempts_max=1, timeout_seconds=20)
@@ -126,3 +134,19 @@ async def test_inputs_are_described_in_words(
     assert isinstance(caught.value, ConveyorError)
     for dtype in ("float64", "<U", "dtype", "complex128", "object"):
         assert dtype not in str(caught.value)
+
+
+async def test_a_word_that_is_none_of_a_parameters_is_refused_with_those_there_are(
+    client: aio.Client,
+) -> None:
+    expected = "output is 'rows'; expected one of 'all', 'last', 'none'"
+    with pytest.raises(InvalidField) as caught:
+        await client.predict("counter", np.ones((2, 2)), output="rows")  # type: ignore[arg-type]
+    assert str(caught.value) == expected
+    assert caught.value.field == "output"
+    async with client.session("counter") as session:
+        with pytest.raises(InvalidField, match="output is 'rows'"):
+            await session.step([1, 1], output="rows")  # type: ignore[arg-type]
+        assert (await session.step([1, 1])).tolist() == [1, 1]
+    with pytest.raises(InvalidField, match="durability is 'forever'"):
+        await client.session("counter", durability="forever").open()  # type: ignore[arg-type]
