@@ -469,8 +469,11 @@ async def _read_on(stream: Stream) -> None:
 
 async def test_more_calls_at_once_than_the_transport_carries(start_server: StartServer) -> None:
     server = start_server({"limits.concurrent_calls_max": 1})
-    async with Wire(server.address) as wire, aio_client.Client(server.address) as client:
-        async with wire.stream() as stream:
-            await stream.open("tiny")
-            with pytest.raises(LimitExceeded, match=r"\(limits.concurrent_calls_max\)"):
-                await client.model("tiny")
+    async with (
+        Wire(server.address) as wire,
+        aio_client.Client(server.address) as client,
+        wire.stream() as stream,
+    ):
+        await stream.open("tiny")
+        with pytest.raises(LimitExceeded, match=r"\(limits.concurrent_calls_max\)"):
+            await client.model("tiny")
