@@ -6,8 +6,6 @@ from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import numpy.typing as npt
-
 from conveyor.v1 import session_pb2
 from conveyor_client._attachment import Attachment
 from conveyor_client._errors import (
@@ -23,6 +21,7 @@ from conveyor_client._nouns import (
     FloatArray,
     ModelInfo,
     Output,
+    Rows,
     SessionInfo,
     TraceMode,
 )
@@ -48,6 +47,9 @@ class Session:
     other steps on features of shape (D,) and takes a chunk as (K, D). A step returns float32 of
     shape (O,), a chunk (K, O); with output "last" a chunk returns its last row (O,), and with
     output "none" the result is empty.
+
+    Tables, structured arrays, series and dicts are matched by the model's labels, in any order of
+    names; an unknown, missing or duplicate name is `InvalidShape`.
     """
 
     def __init__(
@@ -204,7 +206,7 @@ class Session:
 
     async def step(
         self,
-        inputs: npt.ArrayLike,
+        inputs: Rows,
         *,
         output: Output | None = None,
         timeout_seconds: float | None = None,
@@ -237,7 +239,7 @@ class Session:
 
     async def stream(
         self,
-        inputs: AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike],
+        inputs: AsyncIterable[Rows] | Iterable[Rows],
         *,
         in_flight: int = 32,
         output: Output | None = None,
@@ -268,7 +270,7 @@ class Session:
 
     async def step_with_trace(
         self,
-        inputs: npt.ArrayLike,
+        inputs: Rows,
         *,
         mode: TraceMode = "summary",
         timeout_seconds: float | None = None,
@@ -294,7 +296,7 @@ class Session:
 
     async def stream_with_trace(
         self,
-        inputs: AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike],
+        inputs: AsyncIterable[Rows] | Iterable[Rows],
         *,
         mode: TraceMode = "summary",
         in_flight: int = 32,
@@ -325,7 +327,7 @@ class Session:
 
     def generate(
         self,
-        prompt: npt.ArrayLike | None = None,
+        prompt: Rows | None = None,
         *,
         steps_max: int,
         temperature: float = 1.0,
@@ -364,7 +366,7 @@ class Session:
             request.prompt, request.prompt_length, _ = codec.encode(prompt)
         return Generation(self._generate(request, timeout_seconds), codec)
 
-    def check(self, inputs: npt.ArrayLike) -> None:
+    def check(self, inputs: Rows) -> None:
         """Checks what can be checked of inputs without running them; from any thread.
 
         Args:
@@ -375,6 +377,18 @@ class Session:
             ConveyorError: The session is not open.
         """
         self._attachment.require().codec.encode(inputs)
+
+    def items(self, inputs: Iterable[Rows]) -> Iterable[Rows]:
+        """What `stream` walks through: the rows of a table, anything else as it is.
+
+        Args:
+            inputs: As `stream` takes them, unless they are an asynchronous iterator.
+
+        Raises:
+            InvalidInput: The table's names are not the model's.
+            ConveyorError: The session is not open.
+        """
+        return self._attachment.require().codec.items(inputs)
 
     # --- the whole of its state ------------------------------------------------------------------
 
