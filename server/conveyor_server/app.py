@@ -25,6 +25,7 @@ from conveyor_server.config import Config, TracingConfig
 from conveyor_server.core import SessionState, Tier
 from conveyor_server.engine.devices import choose_device
 from conveyor_server.engine.engine import TorchEngine
+from conveyor_server.errors import os_error_text
 from conveyor_server.hangup import HangUp
 from conveyor_server.metrics import Labels, Metrics
 from conveyor_server.reload import Reloader
@@ -146,7 +147,10 @@ class App:
         HangUp(reloader.request, self._stop_asked.set).listen()
         await reloader.look()
         if not list(self._models):
-            raise StartError(f"{self._config.models.folder}: no model there can be served")
+            raise StartError(
+                f"models.folder: {self._config.models.folder} has no model that can be served;"
+                " the log lines above and `conveyor-server check` say why"
+            )
         reloader.start()
         metrics_address, metrics_server = self._serve_metrics()
         _quiet_garbage_collector()
@@ -158,7 +162,7 @@ class App:
         if metrics_server is not None:
             metrics_server.shutdown()
         if self._broken:
-            raise ServerBroken("the server stopped by a mistake of its own; its log has it")
+            raise ServerBroken("the server stopped because of an internal error; see its log")
 
     def _break(self) -> None:
         """The driver ticks no more."""
@@ -207,7 +211,10 @@ class App:
                 int(port), addr=host.strip("[]"), registry=self._metrics.registry
             )
         except (OSError, ValueError) as error:
-            raise AddressError(f"cannot listen on {listen}: {error}") from error
+            why = os_error_text(error) if isinstance(error, OSError) else str(error)
+            raise AddressError(
+                f"listen.metrics_address: cannot listen on {listen}: {why}"
+            ) from error
         return f"{host}:{server.server_port}", server
 
     def _clear_ready_file(self) -> None:
@@ -223,7 +230,7 @@ class App:
             file.unlink(missing_ok=True)
             _partial(file).touch()
         except OSError as error:
-            raise StartError(f"listen.ready_file: {file}: {error.strerror}") from error
+            raise StartError(f"listen.ready_file: {os_error_text(error, file)}") from error
 
     def _announce(self, address: str, metrics_address: str) -> None:
         _log.info("serving", extra={"address": address, "metrics_address": metrics_address})
@@ -232,8 +239,11 @@ class App:
             # Written beside and renamed, so that whoever waits for it never reads half of it.
             partial = _partial(file)
             ready = {"address": address, "metrics_address": metrics_address}
-            partial.write_text(json.dumps(ready), encoding="utf-8")
-            partial.replace(file)
+            try:
+                partial.write_text(json.dumps(ready), encoding="utf-8")
+                partial.replace(file)
+            except OSError as error:  # the disk is full, for instance
+                raise StartError(f"listen.ready_file: {os_error_text(error, file)}") from error
 
     def _declare_gauges(self) -> None:
         gauge = self._metrics.gauge

@@ -78,7 +78,7 @@ def test_an_unusable_configuration_is_refused_and_the_key_named(
     assert done.returncode == 2
     assert named in done.stderr
     assert "Traceback" not in done.stderr
-    assert "short" not in done.stderr.replace("shorter", "")
+    assert "short" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_serve_says_why_an_address_cannot_be_bound(repository: Path) -> None:
     flags = ["--listen", address, "--metrics", ""]
     done = run_command(["serve", "--models", str(repository), *flags])
     assert done.returncode == 2
-    assert f"conveyor-server: cannot listen on {address}: " in done.stderr
+    assert f"conveyor-server: listen.address: cannot listen on {address}: " in done.stderr
     assert "assign requested address" in done.stderr
     assert "GRPC_VERBOSITY" not in done.stderr
 

@@ -207,7 +207,7 @@ async def test_a_server_that_breaks_says_so_with_its_exit_status(
         if server.running:
             server.kill()
     assert "a tick broke off" in server.log_text()
-    assert "by a mistake of its own" in server.log_text()
+    assert "because of an internal error" in server.log_text()
 
 
 def test_the_metrics_are_served_over_ipv6_too() -> None:

@@ -21,12 +21,11 @@ from torch import Tensor
 from conveyor_models.errors import (
     ImporterMissingError,
     ImportFileError,
-    SpecError,
     UnsupportedModuleError,
 )
 from conveyor_models.files import read_inside
 from conveyor_models.layers import REVERSE
-from conveyor_models.spec import LAYERS_MAX, WEIGHT_VALUES_MAX, ModelSpec
+from conveyor_models.spec import LAYERS_MAX, WEIGHT_VALUES_MAX, ModelSpec, spec_error
 
 FILE_BYTES_MAX: Final = 4 * WEIGHT_VALUES_MAX + 64 * 1024 * 1024
 """Of any file that is read: the most weights a model may have, and room for the rest."""
@@ -361,9 +360,7 @@ class ImportedModel:
         try:
             return ModelSpec.model_validate(tables)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise SpecError(f"{key}: {first['msg']}", key=key) from error
+            raise spec_error(error) from error
 
     def _check_sizes(self) -> None:
         if not self.layers or len(self.layers) > LAYERS_MAX:

@@ -7,6 +7,7 @@ where it is used.
 from __future__ import annotations
 
 import asyncio
+import difflib
 import re
 from importlib import metadata
 from pathlib import Path
@@ -210,9 +211,11 @@ def _find(repository: Path, name: str, version: int | None) -> Bundle:
         return load_bundle(wanted[-1].path)
     if of_name:
         versions = ", ".join(str(found.spec.version) for found in of_name)
-        problems = [f"no version {version} of {name}, only {versions}"]
+        problems = [f"no version {version} of {name}; it has {versions}"]
     else:
-        problems = [f"no sound bundle {name}", *(str(each) for each in listing.problems)]
+        close = difflib.get_close_matches(name, listing.names, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        problems = [f"no sound bundle {name}{hint}", *(str(each) for each in listing.problems)]
     return fail("\n".join([f"{repository}: {problems[0]}", *problems[1:]]))
 
 
@@ -291,6 +294,6 @@ def _flags(settings: list[str] | None) -> dict[str, str]:
     for setting in settings or []:
         path, equals, value = setting.partition("=")
         if not equals:
-            fail(f"--set {setting}: not of the form SECTION.KEY=VALUE")
+            fail(f"--set {setting}: expected SECTION.KEY=VALUE, as in limits.sessions_max=100")
         flags[path] = value
     return flags

@@ -102,7 +102,7 @@ def import_model(
     from conveyor_models.importers import import_model as read_model
 
     if activation not in (None, "none", "softmax", "log_softmax", "sigmoid"):
-        fail(f"--activation {activation}: not one of none, softmax, log_softmax, sigmoid")
+        fail(f"--activation {activation}: expected none, softmax, log_softmax or sigmoid")
     try:
         options = ImportOptions(
             cells=parse_cells(cell or []),

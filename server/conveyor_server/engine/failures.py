@@ -125,9 +125,7 @@ class computing:
             return
         report_if_lost(error, self._on_lost)
         if classify(error) is Failure.OUT_OF_MEMORY:
-            raise DeviceOutOfMemory(
-                "the device has no memory left for this",
-                limit="device memory",
-                maximum=str(self._device),
-            ) from error
-        raise EngineFailed("the engine failed; nothing was applied") from error
+            raise DeviceOutOfMemory(str(self._device)) from error
+        raise EngineFailed(
+            "the engine failed on this batch; nothing was applied, so send the request again"
+        ) from error

@@ -119,7 +119,9 @@ class SequenceRunner:
             done, left = done + steps, left - steps
         y = torch.cat(rows)
         if not bool(y.isfinite().all()):
-            raise SessionQuarantined("the sequence drives the model to NaN or infinity")
+            raise SessionQuarantined(
+                "the sequence drives the model's state to NaN or infinity; look at its values"
+            )
         return (y.flip(0) if direction.backwards else y), left
 
 

@@ -91,7 +91,7 @@ def test_an_unknown_key_in_the_file_is_refused(tmp_path: Path, text: str, named:
         ("[engin]\nslots = 1\n", "engin: unknown section; did you mean engine?"),
         ("[xyz]\nslots = 1\n", "xyz: unknown section"),
         ("slots = 1\n", "slots: unknown section; did you mean engine.slots?"),
-        ("limits = 3\n", "limits: is a section and takes no value of its own"),
+        ("limits = 3\n", "limits: is a section, which has keys and no value of its own"),
         ("[Limits]\nslots = 1\n", "Limits: unknown section; did you mean limits?"),
         (
             '[auth]\n[AUTH.tokens]\n"0123456789abcdef" = "ann"\n',
@@ -179,7 +179,7 @@ def test_an_unknown_environment_variable_is_refused(
         ("limits.Sessions_Max", "limits.Sessions_Max"),
         ("limits.", "limits."),
         (".sessions_max", ""),
-        ("", "section.key"),
+        ("", "SECTION.KEY"),
     ],
 )
 def test_an_unknown_flag_is_refused(flag: str, named: str) -> None:
@@ -222,8 +222,8 @@ def test_a_value_out_of_its_range_is_refused(flag: str, value: str) -> None:
 @pytest.mark.parametrize(
     ("tokens", "problem"),
     [
-        ({"0123456789abcdef": 7}, "auth.tokens: Input should be a valid string"),
-        ({"0123456789abcde": "ann"}, "shorter than 16"),
+        ({"0123456789abcdef": 7}, "auth.tokens: expected text"),
+        ({"0123456789abcde": "ann"}, "fewer than 16"),
         ({"0123456789abcdef": ""}, "principal"),
         ({"0123456789abcdef": "a\nb"}, "principal"),
     ],
@@ -247,11 +247,11 @@ def test_an_unusable_token_is_refused_without_being_shown(
         ({"limits.chunk_steps_max": "8"}, ()),
         (
             {"limits.chunk_steps_max": "9", "limits.steps_in_flight_max": "8"},
-            ("limits.chunk_steps_max is 9", "limits.steps_in_flight_max with 8"),
+            ("limits.chunk_steps_max is 9", "limits.steps_in_flight_max, which is 8"),
         ),
         (
             {"limits.idle_seconds_default": "7", "limits.idle_seconds_max": "6.5"},
-            ("limits.idle_seconds_default is 7", "limits.idle_seconds_max with 6.5"),
+            ("limits.idle_seconds_default is 7", "limits.idle_seconds_max, which is 6.5"),
         ),
         ({"listen.tls_key_file": "key.pem"}, ("tls_certificate_file", "tls_key_file")),
         ({"listen.tls_certificate_file": "c.pem", "listen.tls_key_file": "key.pem"}, ()),

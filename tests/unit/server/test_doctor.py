@@ -221,11 +221,12 @@ def test_a_server_that_is_open_to_everybody_is_warned_of() -> None:
 def test_tls_files_have_to_be_there_and_to_belong_together(tmp_path: Path) -> None:
     files = {"tls_certificate_file": tmp_path / "chain.pem", "tls_key_file": tmp_path / "key.pem"}
     settings = {f"listen__{name}": file for name, file in files.items()}
-    assert "No such file" in only(service.check_exposure(config(**settings))).found
+    assert "chain.pem: no such file" in only(service.check_exposure(config(**settings))).found
     for file in files.values():
         file.write_text("not a certificate")
     finding = only(service.check_exposure(config(**settings)))
     assert finding.status is Status.FAIL
+    assert "holds no certificate in PEM" in finding.found
     assert "PEM" in finding.advice
 
 
@@ -238,7 +239,7 @@ def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked_for_it(
     settings = {"listen__tls_certificate_file": certificate, "listen__tls_key_file": key}
     finding = only(service.check_exposure(config(**settings)))
     assert finding.status is Status.FAIL
-    assert "the key is encrypted" in finding.found
+    assert "key.pem is encrypted" in finding.found
 
 
 def test_a_promise_that_is_not_verified_is_warned_of() -> None:
@@ -405,7 +406,7 @@ def test_slower_kernels_are_warned_of(repository: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(service.TorchEngine, "fastest_kernels", "faster-ones")
     finding = only(service.check_models(config(models__folder=repository), []))
     assert finding.status is Status.WARN
-    assert "faster-ones change bits" in finding.found
+    assert "the faster ones (faster-ones) do not give the same bits" in finding.found
 
 
 @pytest.mark.parametrize("folder", ["absent", "empty"])
