@@ -8,7 +8,7 @@ float32 once; nothing else differs from the original network.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -121,6 +121,45 @@ def batch_norm(
     factor = inner.rsqrt() if gamma is None else gamma.double() / inner.sqrt()
     offset = -mean.double() * factor
     return scale(name, factor, offset if beta is None else offset + beta.double())
+
+
+def selection(name: str, places: Sequence[int], size: int) -> Affine:
+    """Some of `size` features, in the order of `places`."""
+    _check_values(name, len(places) * size)
+    weight = torch.zeros(len(places), size, dtype=torch.float64)
+    weight[torch.arange(len(places)), torch.tensor(list(places), dtype=torch.int64)] = 1
+    return Affine(name, weight, weight.new_zeros(len(places)))
+
+
+def stacked(maps: Sequence[Affine]) -> Affine:
+    """Several maps of the same row, their outputs one after the other.
+
+    Raises:
+        UnsupportedModuleError: they read rows of different lengths, or are too large.
+    """
+    return _of_same_row(maps, torch.cat)
+
+
+def summed(maps: Sequence[Affine]) -> Affine:
+    """Several maps of the same row, their outputs added.
+
+    Raises:
+        UnsupportedModuleError: their rows differ in length, or are too large.
+    """
+    sizes = {each.output_size for each in maps}
+    if len(sizes) != 1:
+        raise refused(maps[0].name, f"adds rows of {sorted(sizes)} numbers")
+    return _of_same_row(maps, lambda parts: torch.stack(parts).sum(0))
+
+
+def _of_same_row(maps: Sequence[Affine], put: Callable[[list[Tensor]], Tensor]) -> Affine:
+    for each in maps:
+        if each.input_size != maps[0].input_size:
+            raise refused(each.name, f"reads {each.input_size} numbers, not {maps[0].input_size}")
+    _check_values(maps[0].name, maps[0].input_size * sum(each.output_size for each in maps))
+    weights = [each.weight if each.weight.dim() == 2 else each.weight.diag() for each in maps]
+    name = maps[0].name if len(maps) == 1 else f"{maps[0].name} and {len(maps) - 1} more"
+    return Affine(name, put(weights), put([each.bias for each in maps]))
 
 
 def into_layer(affine: Affine, layer: ImportedLayer) -> ImportedLayer:
