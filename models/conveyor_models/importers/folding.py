@@ -44,6 +44,15 @@ class Affine:
         """Features written."""
         return self.weight.shape[0]
 
+    @property
+    def moves(self) -> bool:
+        """Whether it only chooses and places features, so that no number is rounded."""
+        if self.weight.dim() == 1:
+            return bool((self.weight == 1).all() and (self.bias == 0).all())
+        plain = ((self.weight == 0) | (self.weight == 1)).all()
+        single = (self.weight != 0).sum(1) == 1
+        return bool(plain and single.all() and (self.bias == 0).all())
+
     def after(self, first: Affine) -> Affine:
         """The one map that does `first` and then this one.
 

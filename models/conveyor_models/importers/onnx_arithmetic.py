@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from conveyor_models.importers.onnx_node import Inputs, Node, Operator, at, first
-from conveyor_models.importers.onnx_shapes import ARITHMETIC, ONE, Length, product
+from conveyor_models.importers.onnx_shapes import ARITHMETIC, ONE, Length, product, same
 from conveyor_models.importers.onnx_values import (
     LENGTHS_MAX,
     Array,
@@ -21,6 +21,7 @@ from conveyor_models.importers.onnx_values import (
     Repeated,
     Value,
     known,
+    lengths_of,
 )
 
 _BINARY: Final[Mapping[str, Callable[[Any, Any], Any]]] = {
@@ -188,8 +189,42 @@ def mat_mul(node: Node, inputs: Inputs) -> list[Value]:
     return [Known(left @ right)]
 
 
+def where(node: Node, inputs: Inputs) -> list[Value]:
+    """One of two shapes or arrays, place by place, as a constant says."""
+    chosen = known(node.name, "its condition", first(node, inputs))
+    pair = at(inputs, 1), at(inputs, 2)
+    if any(isinstance(each, Lengths) for each in pair):
+        yes, no = (lengths_of(node.name, "a side", each) for each in pair)
+        size = max(len(yes), len(no), chosen.size)
+        sides = [(each * size if len(each) == 1 else each) for each in (yes, no)]
+        flags = np.broadcast_to(chosen.reshape(-1), (size,)).tolist()
+        if any(len(each) != size for each in sides):
+            raise node.refused("of shapes that differ in length")
+        picked = tuple(a if flag else b for flag, a, b in zip(flags, *sides, strict=True))
+        return [Lengths(picked, scalar=size == 1 and chosen.ndim == 0)]
+    arrays = [known(node.name, "a side", each) for each in pair]
+    node.spend(np.broadcast_shapes(chosen.shape, *(each.shape for each in arrays)))
+    return [Known(np.where(chosen, *arrays))]
+
+
+def equal(node: Node, inputs: Inputs) -> list[Value]:
+    """Whether lengths or numbers are the same."""
+    pair = first(node, inputs), at(inputs, 1)
+    if any(isinstance(each, Lengths) for each in pair):
+        left, right = (lengths_of(node.name, "a side", each) for each in pair)
+        size = max(len(left), len(right))
+        sides = [(each * size if len(each) == 1 else each) for each in (left, right)]
+        found = [same(a, b) for a, b in zip(*sides, strict=True)]
+        if None in found:
+            raise node.refused("of lengths that are not known")
+        return [Known(np.array(found, np.bool_))]
+    arrays = [known(node.name, "a side", each) for each in pair]
+    node.spend(np.broadcast_shapes(*(each.shape for each in arrays)))
+    return [Known(np.equal(*arrays))]
+
+
 CONSTANTS: Final[Mapping[str, Operator]] = (
     dict.fromkeys(_BINARY, binary)
     | dict.fromkeys(_UNARY, unary)
-    | {"MatMul": mat_mul, "ReduceProd": reduce_prod}
+    | {"Equal": equal, "MatMul": mat_mul, "ReduceProd": reduce_prod, "Where": where}
 )

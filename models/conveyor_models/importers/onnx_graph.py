@@ -8,6 +8,7 @@ together what was passed. Any other operator is refused by name.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -25,6 +26,7 @@ from conveyor_models.importers.onnx_moves import MOVING, moved, sequence_at
 from conveyor_models.importers.onnx_node import Budget, Node
 from conveyor_models.importers.onnx_plumbing import PLUMBING
 from conveyor_models.importers.onnx_shapes import ONE, Length
+from conveyor_models.importers.onnx_steps import Layers
 from conveyor_models.importers.onnx_tensors import array_of
 from conveyor_models.importers.onnx_unrolled import Unrolled
 from conveyor_models.importers.onnx_values import (
@@ -73,9 +75,10 @@ class Graph:
         self._graph = graph
         self._opset = opset
         self._producer = producer
-        self._budget = Budget()
+        held = sum(array.size for array in constants.values())
+        self._budget = Budget.of_file(held)
         self._notes: list[str] = []
-        self._unrolled = Unrolled(self._notes)
+        self._unrolled = Unrolled(Layers(self._notes))
         self._values: dict[str, Value] = {name: Known(array) for name, array in constants.items()}
         for each in graph.input:
             if each.name not in constants:
@@ -89,7 +92,12 @@ class Graph:
         """
         for node in self._needed():
             self._follow(node)
-        outputs = [(each.name, self._output(each.name)) for each in self._graph.output]
+        names = [each.name for each in self._graph.output]
+        for name in names:
+            # Which c belongs to which h is known once the h is.
+            with contextlib.suppress(UnsupportedModuleError):
+                self._output(name)
+        outputs = [(name, self._output(name)) for name in names]
         found = assembled(outputs, self._notes)
         self._unrolled.check(frozenset(layer.name for layer in found.layers))
         return found
@@ -251,9 +259,8 @@ def _steps(node: Node, x: Flow, time: Axis, batch: Axis) -> Atom:
     if len(time) > 1:
         raise node.refused("X has its time merged with another axis")
     steps = time[0] if time else Atom(f"{node.name}.step", ONE)
-    if x.time not in (None, steps) and not (
-        x.time is not None and x.time.length == steps.length == ONE
-    ):
+    single = x.time is not None and x.time.length == ONE == steps.length
+    if x.time not in (None, steps) and not single:
         raise node.refused("X has its time along another axis than before")
     if any(atom in x.flipped for atom in batch):
         raise node.refused("X has its batch from the last to the first")

@@ -96,8 +96,8 @@ def _rows(outputs: Sequence[tuple[str, Value]]) -> _Rows:
     if len(functions) > 1 or not functions <= set(STACKED):
         raise refused(
             listed(names),
-            f"{', '.join(sorted(functions))} of several outputs: a bundle has one head and one"
-            " activation, so export one output, or all of them without",
+            f"several outputs with {' and '.join(sorted(functions))}: a bundle has one head and one"
+            " activation, so export one output, or all of them without an activation",
         )
     plain = [replace(flow, activation=None) for flow in whole]
     if any(flow.row != whole[0].row for flow in plain):
@@ -118,9 +118,11 @@ def _check_layout(name: str, flow: Flow) -> None:
     gone = flow.time is not None and flow.time not in atoms and flow.time.length != ONE
     if flow.row is None and gone:
         raise refused(name, "has lost the axis of time")
-    if flow.row is None and flow.time in flow.flipped:
+    if any(atom in flow.flipped for atom in atoms):
         raise refused(
-            name, "has its steps from the last to the first: turn them back before the output"
+            name,
+            "has its steps or its batch from the last to the first: turn them back before the"
+            " output",
         )
 
 
@@ -201,7 +203,8 @@ def _add_stages(model: ImportedModel, stages: Sequence[Stage], rows: _Rows) -> N
         layer = _layer(stage)
         if stage.affine is not None:
             layer = folding.into_layer(stage.affine, layer)
-            model.notes.append(folding.note_of(stage.affine, layer.name))
+            if not stage.affine.moves:
+                model.notes.append(folding.note_of(stage.affine, layer.name))
         model.layers.append(layer)
 
 
@@ -241,8 +244,12 @@ def _add_head(model: ImportedModel, rows: _Rows) -> None:
             end = start + affine.output_size
             model.notes.append(f"numbers {start} to {end - 1} of a row are {name}")
             start = end
-    folded = [flow for flow in rows.flows if flow.maps > 1 and not _is_linear(flow)]
-    model.notes += [folding.note_of(flow.affine, "the head") for flow in folded if flow.affine]
+    folded = [flow.affine for flow in rows.flows if flow.maps > 1 and not _is_linear(flow)]
+    model.notes += [
+        folding.note_of(affine, "the head")
+        for affine in folded
+        if affine is not None and not affine.moves
+    ]
 
 
 def _is_linear(flow: Flow) -> bool:

@@ -1,8 +1,8 @@
 """Affine maps on what flows, and flows that meet again.
 
 A row passes any number of affine maps between two stages of a bundle. They are kept as one, which
-is folded into the layer that reads it, or is the head. Flows that meet (laid side by side, added, or
-two outputs) have to be maps of the same row, so that together they are one map of it.
+is folded into the layer that reads it, or is the head. Flows that meet (laid side by side, added,
+or two outputs) have to be maps of the same row, so that together they are one map of it.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ def joined(node: Node, flows: Sequence[Flow]) -> Flow:
 
 def added(node: Node, flows: Sequence[Flow]) -> Flow:
     """Rows added to each other."""
+    of_one_input(node.name, flows)
     if any(flow.axes != flows[0].axes for flow in flows):
         same_axes = [flow.axes[:-1] for flow in flows]
         if any(each != same_axes[0] for each in same_axes) or any(
@@ -167,6 +168,15 @@ def _met(node: Node, flows: Sequence[Flow], put: Callable[[Sequence[Affine]], Af
     )
 
 
+def of_one_input(name: str, flows: Sequence[Flow]) -> None:
+    """Refuses rows that come from several inputs of the graph."""
+    origins = sorted({flow.stage.origin for flow in flows})
+    if len(origins) > 1:
+        raise refused(
+            name, f"joins two inputs, {origins[0]} and {origins[1]}: a bundle reads one row a step"
+        )
+
+
 def common(name: str, flows: Sequence[Flow]) -> tuple[Stage, Row | None, list[Affine]]:
     """The stage of which all flows are maps, the row of it that they are, and the maps.
 
@@ -174,19 +184,18 @@ def common(name: str, flows: Sequence[Flow]) -> tuple[Stage, Row | None, list[Af
         UnsupportedModuleError: they are not maps of the same row.
     """
     first = flows[0]
+    of_one_input(name, flows)
     if any(flow.activation is not None or flow.tokens for flow in flows):
         raise refused(name, "joins tokens, or what has passed the last activation")
+    stage = first.stage
+    one = all(flow.stage is stage for flow in flows)
+    layers = None if one else _two_directions(name, flows)
     if any((flow.time, flow.flipped) != (first.time, first.flipped) for flow in flows):
         raise refused(name, "joins rows of different steps")
-    origins = sorted({flow.stage.origin for flow in flows})
-    if len(origins) > 1:
-        raise refused(name, f"joins two inputs, {origins[0]} and {origins[1]}")
-    stage = first.stage
-    if all(flow.stage is stage for flow in flows):
+    if layers is None:
         if any(flow.row != first.row for flow in flows):
             raise refused(name, "joins rows of different steps")
         return stage, first.row, [flow.affine or _identity(name, flow) for flow in flows]
-    layers = _two_directions(name, flows)
     stage = Stage("layer", first.stage.node, stage.before, stage.affine, layers)
     widened = [_widened(flow, layers, name) for flow in flows]
     return stage, _common_row(name, flows, layers), widened

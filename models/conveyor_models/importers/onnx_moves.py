@@ -16,7 +16,7 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from conveyor_models.errors import UnsupportedModuleError
-from conveyor_models.importers.onnx_maps import joined, selected
+from conveyor_models.importers.onnx_maps import joined, of_one_input, selected
 from conveyor_models.importers.onnx_node import Inputs, Node, at, first, split_sizes
 from conveyor_models.importers.onnx_plumbing import (
     identity,
@@ -284,6 +284,7 @@ def _concat(node: Node, inputs: Inputs) -> Value:
     ranks = {len(flow.axes) for flow in flows}
     if len(ranks) != 1:
         raise node.refused("of values with different numbers of axes")
+    of_one_input(node.name, flows)
     axis = node.axis(ranks.pop())
     if any(flow.features for flow in flows) and all(
         flow.axes[axis] == flow.features for flow in flows

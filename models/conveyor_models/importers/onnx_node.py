@@ -19,14 +19,24 @@ from conveyor_models.spec import WEIGHT_VALUES_MAX
 
 PRODUCTS_MAX: Final = 2**36
 """Multiplications for all the maps of a graph that are folded into one another."""
+VALUES_LEAST: Final = 2**22
+"""Numbers that a graph may always compute while it is followed."""
+VALUES_TIMES: Final = 4
+"""For each number that the file holds, those that may be computed beyond that."""
 
 
 @dataclass(slots=True)
 class Budget:
-    """What may still be computed for one graph: a small file can ask for a lot."""
+    """What may be computed for one graph: a small file could ask for a lot."""
 
-    values: int = WEIGHT_VALUES_MAX
-    products: int = PRODUCTS_MAX
+    values_max: int
+    values: int = 0
+    products: int = 0
+
+    @classmethod
+    def of_file(cls, held: int) -> Budget:
+        """For a file that holds so many numbers."""
+        return cls(VALUES_LEAST + VALUES_TIMES * held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +71,18 @@ class Node:
     def spend(self, shape: Sequence[int]) -> None:
         """Takes an array that is computed from the graph's budget, before it is made."""
         self.bounded(shape)
-        self.budget.values -= math.prod(shape)
-        if self.budget.values < 0:
+        self.budget.values += math.prod(shape)
+        if self.budget.values > self.budget.values_max:
             raise refused(
                 self.name,
-                "the constants that the graph computes are too large together, expected at most"
-                f" {WEIGHT_VALUES_MAX} numbers",
+                f"the graph computes more than {self.budget.values_max} numbers from its constants,"
+                f" expected at most {VALUES_TIMES} for each that the file holds and {VALUES_LEAST}",
             )
 
     def multiply(self, products: int) -> None:
         """Takes multiplications from the graph's budget."""
-        self.budget.products -= products
-        if self.budget.products < 0:
+        self.budget.products += products
+        if self.budget.products > PRODUCTS_MAX:
             raise refused(
                 self.name,
                 "the linear maps before it take too much to be folded, expected at most"

@@ -22,7 +22,7 @@ from conveyor_models.importers.onnx_node import (
     split_sizes,
 )
 from conveyor_models.importers.onnx_ranges import plain_range, slice_ranges, whole_range
-from conveyor_models.importers.onnx_shapes import ONE, Length, same, whole_sizes
+from conveyor_models.importers.onnx_shapes import ONE, Length, whole_sizes
 from conveyor_models.importers.onnx_values import (
     LENGTHS_MAX,
     Array,
@@ -111,7 +111,7 @@ def tile(node: Node, inputs: Inputs) -> list[Value]:
     )
     if len(have) != len(times):
         raise node.refused(f"{len(times)} repeats of {len(have)} axes")
-    if any(old != ONE and new != ONE for old, new in zip(have, times, strict=True)):
+    if any(ONE not in (old, new) for old, new in zip(have, times, strict=True)):
         raise node.refused("repeats an axis that is longer than 1")
     target = tuple(old.times(new) for old, new in zip(have, times, strict=True))
     return expand(node, [value, Lengths(target)])
@@ -395,40 +395,6 @@ def _split_repeated(node: Node, inputs: Inputs, value: Repeated) -> list[Value]:
     return found
 
 
-def where(node: Node, inputs: Inputs) -> list[Value]:
-    """One of two shapes or arrays, place by place, as a constant says."""
-    chosen = known(node.name, "its condition", first(node, inputs))
-    pair = at(inputs, 1), at(inputs, 2)
-    if any(isinstance(each, Lengths) for each in pair):
-        yes, no = (lengths_of(node.name, "a side", each) for each in pair)
-        size = max(len(yes), len(no), chosen.size)
-        sides = [(each * size if len(each) == 1 else each) for each in (yes, no)]
-        flags = np.broadcast_to(chosen.reshape(-1), (size,)).tolist()
-        if any(len(each) != size for each in sides):
-            raise node.refused("of shapes that differ in length")
-        picked = tuple(a if flag else b for flag, a, b in zip(flags, *sides, strict=True))
-        return [Lengths(picked, scalar=size == 1 and chosen.ndim == 0)]
-    arrays = [known(node.name, "a side", each) for each in pair]
-    node.spend(np.broadcast_shapes(chosen.shape, *(each.shape for each in arrays)))
-    return [Known(np.where(chosen, *arrays))]
-
-
-def equal(node: Node, inputs: Inputs) -> list[Value]:
-    """Whether lengths or numbers are the same."""
-    pair = first(node, inputs), at(inputs, 1)
-    if any(isinstance(each, Lengths) for each in pair):
-        left, right = (lengths_of(node.name, "a side", each) for each in pair)
-        size = max(len(left), len(right))
-        sides = [(each * size if len(each) == 1 else each) for each in (left, right)]
-        found = [same(a, b) for a, b in zip(*sides, strict=True)]
-        if None in found:
-            raise node.refused("of lengths that are not known")
-        return [Known(np.array(found, np.bool_))]
-    arrays = [known(node.name, "a side", each) for each in pair]
-    node.spend(np.broadcast_shapes(*(each.shape for each in arrays)))
-    return [Known(np.equal(*arrays))]
-
-
 def array_lengths(array: Array) -> tuple[Length, ...]:
     """The shape of an array."""
     return tuple(Length.of(each) for each in array.shape)
@@ -439,7 +405,6 @@ PLUMBING: Final[Mapping[str, Operator]] = {
     "Concat": concat,
     "ConstantOfShape": constant_of_shape,
     "Dropout": identity,
-    "Equal": equal,
     "Expand": expand,
     "Gather": gather,
     "Identity": identity,
@@ -451,5 +416,4 @@ PLUMBING: Final[Mapping[str, Operator]] = {
     "Tile": tile,
     "Transpose": transpose,
     "Unsqueeze": unsqueeze,
-    "Where": where,
 }

@@ -17,6 +17,7 @@ from conveyor_models.importers.onnx_plumbing import kept_places, new_places
 from conveyor_models.importers.onnx_ranges import plain_range, slice_ranges
 from conveyor_models.importers.onnx_shapes import Length, product
 from conveyor_models.importers.onnx_values import (
+    Array,
     Flow,
     Stacked,
     Stage,
@@ -103,34 +104,25 @@ def _both_ways(parts: Sequence[Flow]) -> bool:
 def taken_apart(node: Node, value: Stacked, inputs: Inputs) -> Value:
     """One of several states, or some of them."""
     places = np.arange(len(value.parts)).reshape(value.lead)
-    rank, inner = len(value.lead), len(value.parts[0].axes)
     match node.op:
         case "Identity" | "Dropout" | "Cast":
             return value
-        case "Gather" if node.axis(rank + inner) < rank:
-            array = known(node.name, "indices", at(inputs, 1))
-            axis = node.axis(rank + inner)
-            if array.ndim > 1:
-                raise node.refused(f"by indices of shape {list(array.shape)[:8]}")
-            chosen = places.take(array, axis)
+        case "Gather":
+            chosen = _gathered(node, value, inputs, places)
         case "Slice":
-            chosen = places
-            for given, start, end, step in slice_ranges(node, inputs):
-                axis = axis_number(node.name, given, rank + inner)
-                if axis >= rank:
-                    raise node.refused("of states, along an axis of each")
-                chosen = chosen[(slice(None),) * axis + (plain_range(node, start, end, step),)]
+            chosen = _sliced(node, value, inputs, places)
         case "Reshape":
             target = lengths_of(node.name, "the shape", at(inputs, 1))
             chosen = places.reshape(_lead(node, value, target))
         case "Squeeze":
             kept = kept_places(node, inputs, value.lengths)
-            if [place for place in kept if place >= rank] != list(range(rank, rank + inner)):
+            rank = len(value.lead)
+            if [place for place in kept if place >= rank] != [*range(rank, len(value.lengths))]:
                 raise node.refused("of states, along an axis of each")
             chosen = places.reshape([value.lead[place] for place in kept if place < rank])
         case "Unsqueeze":
-            new = new_places(node, inputs, rank + inner)
-            if any(place > rank + len(new) - 1 for place in new):
+            new = new_places(node, inputs, len(value.lengths))
+            if any(place >= len(value.lead) + len(new) for place in new):
                 raise node.refused("of states, along an axis of each")
             chosen = np.expand_dims(places, tuple(new))
         case _:
@@ -138,6 +130,23 @@ def taken_apart(node: Node, value: Stacked, inputs: Inputs) -> Value:
     if chosen.size == 0:
         raise node.refused("takes no state")
     return _normal(chosen.shape, [value.parts[each] for each in chosen.flat], node)
+
+
+def _gathered(node: Node, value: Stacked, inputs: Inputs, places: Array) -> Array:
+    array = known(node.name, "indices", at(inputs, 1))
+    axis = node.axis(len(value.lengths))
+    if array.ndim > 1 or axis >= len(value.lead):
+        raise node.refused("of states, along an axis of each")
+    return np.asarray(places.take(array, axis))
+
+
+def _sliced(node: Node, value: Stacked, inputs: Inputs, places: Array) -> Array:
+    for given, start, end, step in slice_ranges(node, inputs):
+        axis = axis_number(node.name, given, len(value.lengths))
+        if axis >= len(value.lead):
+            raise node.refused("of states, along an axis of each")
+        places = places[(slice(None),) * axis + (plain_range(node, start, end, step),)]
+    return places
 
 
 def _lead(node: Node, value: Stacked, target: tuple[Length, ...]) -> list[int]:
@@ -216,13 +225,17 @@ def same_stage(first: Stage, second: Stage) -> bool:
         return True
     if first.kind != second.kind or first.before is None or second.before is None:
         return False
-    contents = first.content, second.content
-    if isinstance(contents[0], np.ndarray) and isinstance(contents[1], np.ndarray):
-        same = contents[0] is contents[1] or np.array_equal(*contents)
-    else:
-        same = contents[0] is contents[1]
     return (
-        bool(same)
+        _same_content(first, second)
         and _same_map(first.affine, second.affine)
         and same_stage(first.before, second.before)
     )
+
+
+def _same_content(first: Stage, second: Stage) -> bool:
+    one, other = first.content, second.content
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return one is other or bool(np.array_equal(one, other))
+    layers = list(zip(first.layers, second.layers, strict=False))
+    same = len(first.layers) == len(second.layers) and all(a is b for a, b in layers)
+    return same and bool(layers)

@@ -250,7 +250,7 @@ def sources_of(value: Value) -> Moved | None:
         case Flow() if value.final:
             return Moved(states=value.stage.names)
         case Stacked():
-            return Moved(states=frozenset().union(*(part.stage.names for part in value.parts)))
+            return Moved(states=frozenset[str]().union(*(part.stage.names for part in value.parts)))
         case _:
             return None
 
