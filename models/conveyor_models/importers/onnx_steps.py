@@ -111,6 +111,15 @@ class Layers:
             return None
         return next((layer for layer in self.found if layer.stage is state.stage), None)
 
+    def goes_on(self, state: Flow, row: Flow) -> bool:
+        """Whether the first is the state of a layer, and the second the row that it reads next."""
+        layer = self.layer_of(state)
+        if layer is None or not isinstance(state.row, int):
+            return False
+        read = next(iter(layer.first.values())).row
+        step = -1 if layer.backwards else 1
+        return row.row == state.row + step and same_stage(row.stage, read.stage)
+
     def begun(
         self,
         term: Term,

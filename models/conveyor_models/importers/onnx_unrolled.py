@@ -230,10 +230,9 @@ class Unrolled:
         Either the state is that of a written-out layer, a step before; or it is an input, and what
         is read is not, or has another length than the state.
         """
-        if isinstance(state.row, int) and isinstance(row.row, int):
-            layer = self._layers.layer_of(state)
-            step = -1 if layer is not None and layer.backwards else 1
-            return layer is not None and row.row == state.row + step
+        goes_on = self._layers.goes_on(state, row), self._layers.goes_on(row, state)
+        if goes_on[0] != goes_on[1]:
+            return goes_on[0]
         if state.stage.kind != row.stage.kind:
             return state.stage.kind == "input"
         sizes = [None if flow.affine is None else flow.affine.input_size for flow in (state, row)]
