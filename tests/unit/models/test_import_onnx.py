@@ -16,8 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from conveyor_models import (
@@ -28,94 +27,15 @@ from conveyor_models import (
 )
 from conveyor_models.importers import ImportedModel, ImportOptions, import_model
 from tests.unit.models.importing import FLOAT32_ERROR_MAX, error, fill, network_of, rows_of
-
-GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
-
-
-def weights(op: str, size: int, reads: int, ways: int = 1, seed: int = 0) -> dict[str, Any]:
-    rng = np.random.default_rng(seed)
-    rows = GATES[op] * size
-    shapes = {"W": (ways, rows, reads), "R": (ways, rows, size), "B": (ways, 2 * rows)}
-    return {name: rng.normal(0, 0.7, shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def cell_model(
-    op: str,
-    given: dict[str, Any],
-    *,
-    layout: int = 0,
-    outputs: Sequence[str] = ("y",),
-    tail: Sequence[Any] = (),
-    extra: dict[str, Any] | None = None,
-    result: str = "y",
-    opset: int = 17,
-    **attributes: Any,
-) -> onnx.ModelProto:
-    """A graph of one recurrent node, its optional inputs by name, and what comes after it."""
-    places = ["W", "R", "B", "sequence_lens", "initial_h", "initial_c", "P"]
-    names = [name if name in given else "" for name in places]
-    while not names[-1]:
-        names.pop()
-    size = given["R"].shape[2]
-    if layout:
-        attributes["layout"] = layout
-    node = helper.make_node(
-        op, ["x", *names], list(outputs), name="cell", hidden_size=size, **attributes
-    )
-    reads = given["W"].shape[2]
-    constants = {**given, **(extra or {})}
-    return graph_model(
-        [node, *tail],
-        [("x", TensorProto.FLOAT, ["a", "b", reads])],
-        [result],
-        constants,
-        opset,
-    )
-
-
-def graph_model(
-    nodes: Sequence[Any],
-    inputs: Sequence[tuple[str, int, list[Any]]],
-    outputs: Sequence[str],
-    constants: dict[str, Any],
-    opset: int = 17,
-) -> onnx.ModelProto:
-    graph = helper.make_graph(
-        list(nodes),
-        "graph",
-        [helper.make_tensor_value_info(*each) for each in inputs],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
-        [numpy_helper.from_array(np.asarray(each), name) for name, each in constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
-
-
-def imported(model: onnx.ModelProto, folder: Path) -> ImportedModel:
-    file = folder / "model.onnx"
-    file.write_bytes(model.SerializeToString())
-    return import_model(file)
-
-
-def runtime(model: onnx.ModelProto, x: Any) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return session.run(None, {session.get_inputs()[0].name: x})[0]
-
-
-def evaluated(model: onnx.ModelProto, x: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x})[0]
-
-
-def laid_out(y: Any) -> Any:
-    """Y [T, D, B, H] -> [T, B, D * H]."""
-    steps, ways, batch, size = y.shape
-    return y.transpose(0, 2, 1, 3).reshape(steps, batch, ways * size)
-
+from tests.unit.models.onnx_files import (
+    cell_model,
+    evaluated,
+    graph_model,
+    imported,
+    laid_out,
+    runtime,
+    weights,
+)
 
 SQUEEZE = [helper.make_node("Squeeze", ["y", "one"], ["z"], name="squeeze")]
 ONE_AXIS = {"one": np.array([1])}
