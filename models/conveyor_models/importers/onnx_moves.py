@@ -166,7 +166,9 @@ def _taken(node: Node, flow: Flow, axis: int, wanted: Several[int], drops: bool)
     kept: tuple[Axis, ...] = () if drops else ((),)
     own, length = flow.axes[axis], flow.lengths[axis].known
     rest = (*flow.axes[:axis], *kept, *flow.axes[axis + 1 :])
-    if own and own in (flow.features, flow.features[:1]):
+    # A row of one number has no axis that is its own; the last one is as good as any.
+    single = not own and not flow.features and axis == len(flow.axes) - 1 and len(wanted) != 1
+    if (own and own in (flow.features, flow.features[:1])) or (single and not flow.tokens):
         if length is None:
             raise node.refused("of features whose number the file does not state")
         places = [axis_number(node.name, each, length) for each in wanted]

@@ -272,7 +272,7 @@ def test_a_learned_state_begins_every_session(how: str, tmp_path: Path) -> None:
 
 def lengths_of_whole_sequences(minus: bool = False) -> list[Any]:
     """The number of steps for each of the batch, as int32, or one less."""
-    nodes = [
+    return [
         node("Shape", ["x"], ["shape"]),
         node("Slice", ["shape", "zero", "one"], ["steps"]),
         node("Slice", ["shape", "one", "two"], ["batch"]),
@@ -280,7 +280,6 @@ def lengths_of_whole_sequences(minus: bool = False) -> list[Any]:
         node("Cast", ["fewer" if minus else "steps"], ["narrow"], to=TensorProto.INT32),
         node("Expand", ["narrow", "batch"], ["lens"]),
     ]
-    return nodes
 
 
 def constant_lengths(number: int) -> list[Any]:
