@@ -19,6 +19,7 @@ from conveyor_models.importers.common import (
     tensor_of,
     two_ways,
 )
+from conveyor_models.importers.ends import ends_joined
 from conveyor_models.importers.folding import Affine
 from conveyor_models.importers.onnx_maps import common
 from conveyor_models.importers.onnx_shapes import ONE
@@ -154,6 +155,8 @@ def _notes_of_rows(name: str, flow: Flow, rows: _Rows) -> list[str]:
     match flow.row:
         case None:
             pass
+        case "ends" if any(each is not None for each in rows.maps):
+            notes.append(f"{name} is the last step's row; the bundle gives every step's")
         case "ends":
             forward = rows.stage.layers[0].output_size
             notes.append(
@@ -226,15 +229,9 @@ def _add_head(model: ImportedModel, rows: _Rows) -> None:
     maps = [each for each in rows.maps if each is not None]
     if not maps:
         return
-    if rows.row == "ends":
-        raise refused(
-            rows.names[0],
-            f"{listed([each.name for each in maps])} reads the last state of each direction, which"
-            " lie at the two ends of a sequence: no row of a bundle has both. Export the rows of"
-            " every step instead (nn.LSTM's output and not its h_n), or the states without what"
-            " follows them",
-        )
     whole = folding.stacked(maps)
+    if rows.row == "ends":
+        whole = _joined_ends(model, rows, whole)
     model.head, bias = whole.as_linear()
     biased = any(flow.biased for flow in rows.flows)
     model.head_bias = bias if biased else None
@@ -250,6 +247,26 @@ def _add_head(model: ImportedModel, rows: _Rows) -> None:
         for affine in folded
         if affine is not None and not affine.moves
     ]
+
+
+def _joined_ends(model: ImportedModel, rows: _Rows, whole: Affine) -> Affine:
+    """The head, on the last row of one more layer that brings the two last states together."""
+    forward, reverse = rows.stage.layers
+    found = ends_joined(f"{rows.stage.node} (ends)", (forward, reverse), whole)
+    if found is None:
+        raise refused(
+            rows.names[0],
+            f"{whole.name} reads the last state of each direction, which lie at the two ends of a"
+            " sequence, and they are too many to be kept. Export the rows of every step"
+            " instead (nn.LSTM's output and not its h_n)",
+        )
+    layer, head = found
+    model.layers.append(layer)
+    model.notes.append(
+        f"{rows.names[0]} reads the last state of each direction: one more layer,"
+        f" {layer.name}, keeps that of the first row for the last one"
+    )
+    return head
 
 
 def _is_linear(flow: Flow) -> bool:

@@ -245,9 +245,15 @@ def _common_row(
     if len(rows) == 1:
         return flows[0].row
     for flow in flows:
-        ways = flow.stage.layers
-        last = last_row(flow.time)
-        end: Row = "ends" if len(ways) == 2 else last if ways[0] is layers[0] else 0
-        if flow.row != end:
+        if flow.row not in _ends(flow, layers[0]):
             raise refused(name, "joins rows of different steps")
     return "ends"
+
+
+def _ends(flow: Flow, forward: ImportedLayer) -> tuple[Row, ...]:
+    """The row in which a direction ends; of written-out steps also by their number."""
+    if len(flow.stage.layers) == 2:
+        return ("ends",)
+    if flow.stage.layers[0] is forward:
+        return (last_row(flow.time), (flow.steps or 0) - 1)
+    return (0, -(flow.steps or 0))

@@ -305,6 +305,47 @@ def test_logits_with_their_classes_before_time(tmp_path: Path) -> None:
     assert said(found, "out has the 5 numbers of a row along another axis")
 
 
+def ends(matrix: Any, size: int = 3, op: str = "LSTM", **attributes: Any) -> onnx.ModelProto:
+    """A linear layer on the last states of both directions, laid side by side."""
+    own = weights(op, size, 4, ways=2)
+    nodes = [
+        node(
+            op,
+            ["x", *own],
+            ["y", "h"],
+            name="cell",
+            hidden_size=size,
+            direction="bidirectional",
+            **attributes,
+        ),
+        node("Transpose", ["h"], ["hb"], perm=[1, 0, 2]),
+        node("Reshape", ["hb", "flat"], ["both"]),
+        fc("both", "K", "logits"),
+        node("Add", ["logits", "k"], ["biased"]),
+        node("Softmax", ["biased"], ["out"], axis=-1),
+    ]
+    nodes[3].name = "fc_out"
+    constants = own | {"flat": np.array([0, -1]), "K": matrix, "k": normal(matrix.shape[1])}
+    return graph_model(nodes, [X], ["out"], constants)
+
+
+@pytest.mark.parametrize("width", [1, 2, 7])
+@pytest.mark.parametrize("op", ["LSTM", "GRU", "RNN", "relu"])
+def test_the_last_states_of_both_directions_reach_the_head(
+    op: str, width: int, tmp_path: Path
+) -> None:
+    """For sequences of any length, one of a single step too."""
+    more = {"activations": ["Relu", "Relu"]} if op == "relu" else {}
+    model = ends(normal(6, width), op="RNN" if more else op, **more)
+    found = imported(model, tmp_path)
+    assert said(found, "one more layer, cell (ends), keeps that of the first row for the last one")
+    assert said(found, "out is the last step's row")
+    for steps in (1, 2, 3, 40):
+        x = normal(steps, 3, 4, seed=steps)
+        expected = judged(model, {"x": x})["out"]
+        assert error(served(found, x)[-1], expected) < FLOAT32_ERROR_MAX
+
+
 REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "a hidden layer with ReLU": (
         lambda: graph(
@@ -400,19 +441,9 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
         ),
         "mul: Mul: of two paths",
     ),
-    "the last states of both directions into a layer": (
-        lambda: graph(
-            after=[
-                node("Transpose", ["h"], ["hb"], perm=[1, 0, 2]),
-                node("Reshape", ["hb", "flat"], ["both"]),
-                fc("both", "K", "out"),
-            ],
-            outputs=["out"],
-            ways=2,
-            flat=np.array([0, -1]),
-            K=normal(6, 2),
-        ),
-        "fc_out reads the last state of each direction",
+    "too many of the last states of both directions into a layer": (
+        lambda: ends(np.eye(1026, 1026, dtype=np.float32), 513),
+        "fc_out, biased reads the last state of each direction, .* too many",
     ),
     "steps turned and not turned back": (
         lambda: graph(
