@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from conveyor_models.importers.common import ImportedLayer, exact_float32, refus
 from conveyor_models.spec import WEIGHT_VALUES_MAX
 
 _DIRECTIONS = ("", "reverse.")
+OFFSET_MAX: Final = 1024
+"""Of what is added to a scaled feature. Folding moves the difference between an input and its mean
+into float32 sums: a mean as many deviations from 0 as this costs 2^-14 of a deviation."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,6 +175,23 @@ def _of_same_row(maps: Sequence[Affine], put: Callable[[list[Tensor]], Tensor]) 
     weights = [each.weight if each.weight.dim() == 2 else each.weight.diag() for each in maps]
     name = maps[0].name if len(maps) == 1 else f"{maps[0].name} and {len(maps) - 1} more"
     return Affine(name, put(weights), put([each.bias for each in maps]))
+
+
+def check_offsets(affine: Affine) -> None:
+    """Refuses factors and offsets that would lose digits once they are part of float32 weights.
+
+    Raises:
+        UnsupportedModuleError: an offset is more than `OFFSET_MAX`, in units of what comes out.
+    """
+    far = int(affine.bias.abs().argmax())
+    offset = float(affine.bias[far])
+    if affine.weight.dim() == 1 and abs(offset) > OFFSET_MAX:
+        raise refused(
+            affine.name,
+            f"adds {offset:.6g} to feature {far}, expected at most {OFFSET_MAX}: folding it into"
+            " float32 weights would lose digits; subtract means from the inputs instead, or leave"
+            " out a feature that never changes",
+        )
 
 
 def into_layer(affine: Affine, layer: ImportedLayer) -> ImportedLayer:

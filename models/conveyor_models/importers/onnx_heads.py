@@ -205,6 +205,7 @@ def _add_stages(model: ImportedModel, stages: Sequence[Stage], rows: _Rows) -> N
             continue
         layer = _layer(stage)
         if stage.affine is not None:
+            folding.check_offsets(stage.affine)
             layer = folding.into_layer(stage.affine, layer)
             if not stage.affine.moves:
                 model.notes.append(folding.note_of(stage.affine, layer.name))

@@ -70,6 +70,8 @@ def mapped(
     whole = affine
     if flow.affine is not None:
         node.multiply(_products(affine, flow.affine))
+        if changes and affine.weight.dim() == 2:
+            folding.check_offsets(flow.affine)
         whole = affine.after(flow.affine)
     computed = flow.computed or (node.name if changes else None)
     found = replace(

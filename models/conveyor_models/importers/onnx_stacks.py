@@ -44,6 +44,8 @@ def cast_flow(node: Node, flow: Flow, inputs: Inputs) -> list[Value]:
         return [replace(flow, tokens=True, features=())]
     if target != np.float32:
         raise node.refused(f"what flows, to {target}")
+    if flow.tokens and np.dtype(str(flow.stage.content)).kind == "f":
+        raise node.refused("whole numbers made of floats, back to floats: that rounds")
     return [replace(flow, tokens=False)]
 
 

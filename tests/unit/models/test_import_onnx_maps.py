@@ -414,6 +414,31 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
         lambda: graph([node("Div", ["x", "k"], ["z"], "div")], reads="z", k=np.zeros(4, "f4")),
         "div: Div: divides by 0",
     ),
+    "a mean far from 0": (
+        lambda: graph(
+            [node("Sub", ["x", "m"], ["z"], "sub")], reads="z", m=np.array([0, 0, 3e4, 0], "f4")
+        ),
+        "sub: adds -30000 to feature 2, expected at most 1024",
+    ),
+    "a mean far from 0 before a matrix": (
+        lambda: graph(
+            [node("Sub", ["x", "m"], ["c"], "sub"), node("MatMul", ["c", "K"], ["z"], "fc")],
+            reads="z",
+            m=np.float32(3e4),
+            K=normal(4, 4),
+        ),
+        "sub: adds -30000 to feature 0, expected at most 1024",
+    ),
+    "features that are rounded": (
+        lambda: graph(
+            [
+                node("Cast", ["x"], ["whole"], to=TensorProto.INT64),
+                node("Cast", ["whole"], ["z"], "back", to=TensorProto.FLOAT),
+            ],
+            reads="z",
+        ),
+        "back: Cast: whole numbers made of floats",
+    ),
     "a product of rows": (
         lambda: graph([node("Mul", ["x", "x"], ["z"], "square")], reads="z"),
         "square: Mul: of two paths",
