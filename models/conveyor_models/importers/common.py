@@ -284,6 +284,14 @@ class ImportedLayer:
         both = 2 if self.table.get("direction") == "bidirectional" else 1
         return both * self.tensors["weight_recurrent"].shape[1]
 
+    @property
+    def turned(self) -> ImportedLayer:
+        """The same layer in the other direction; it runs in one."""
+        table = {key: value for key, value in self.table.items() if key != "direction"}
+        if "direction" not in self.table:
+            table["direction"] = "reverse"
+        return ImportedLayer(self.name, table, self.tensors)
+
 
 def two_ways(forward: ImportedLayer, reverse: ImportedLayer, name: str) -> ImportedLayer:
     """A bidirectional layer from one for each direction, whose `direction` does not count.
