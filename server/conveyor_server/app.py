@@ -36,6 +36,7 @@ from conveyor_server.scheduler.models import ModelTable
 from conveyor_server.scheduler.operations import Operations
 from conveyor_server.scheduler.scheduler import Scheduler
 from conveyor_server.scheduler.traced import TracedDriver, TracedScheduler
+from conveyor_server.standard_error import StandardError
 from conveyor_server.store.memory import MemoryStore
 
 if TYPE_CHECKING:  # it needs an extra
@@ -71,8 +72,12 @@ class ServerBroken(Exception):
 class App:
     """One server process."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, standard_error: StandardError | None = None) -> None:
         """Builds everything; nothing runs yet.
+
+        Args:
+            config: All settings.
+            standard_error: Where the log goes, if it is not Python's own.
 
         Raises:
             DeviceError: The configured device is not there, or cannot be used.
@@ -82,6 +87,9 @@ class App:
         self._tracing = _tracing(config.tracing)
         self._clock = SystemClock()
         self._metrics = Metrics()
+        self._standard_error = standard_error
+        if standard_error is not None:
+            standard_error.count_dropped(self._metrics.log_lines_dropped.add)
         self._device = choose_device(config.engine.device)
         self._engine = TorchEngine(
             self._device,
@@ -184,6 +192,8 @@ class App:
                 "exit_status": EXIT_DEVICE_LOST,
             },
         )
+        if self._standard_error is not None:
+            self._standard_error.drain()
         os._exit(EXIT_DEVICE_LOST)
 
     async def _stop(self, server: GrpcServer) -> None:

@@ -117,6 +117,9 @@ class Metrics(Collector):
         self.rejected = Counter(
             "conveyor_rejected", "Calls, frames and chunks refused.", ("reason",)
         )
+        self.log_lines_dropped = Counter(
+            "conveyor_log_lines_dropped", "Log lines that standard error did not take."
+        )
         # From 0 on: to Prometheus a series that begins with 1 has not grown.
         for reason in reasons():
             self.rejected.add(0, reason)
