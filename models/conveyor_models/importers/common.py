@@ -7,7 +7,6 @@ tensors of the bundle. What cannot be carried over exactly is refused by `refuse
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -390,8 +389,17 @@ def checked_values(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
     Raises:
         ImportFileError: they are.
     """
-    total = sum(math.prod(shape) for shape in shapes.values())
-    if total > WEIGHT_VALUES_MAX:
-        raise ImportFileError(
-            f"{total} numbers in its tensors, expected at most {WEIGHT_VALUES_MAX}", path=path
-        )
+    total = 0
+    for name, shape in shapes.items():
+        values = 1
+        for length in sorted(shape):  # from 0 on
+            values *= max(length, 0)
+            if values > WEIGHT_VALUES_MAX:  # the product of all may have millions of digits
+                break
+        total += values
+        if total > WEIGHT_VALUES_MAX:
+            raise ImportFileError(
+                f"more numbers in its tensors, up to {name[:80]}, than expected: at most"
+                f" {WEIGHT_VALUES_MAX}",
+                path=path,
+            )

@@ -22,6 +22,8 @@ from conveyor_models.importers.onnx_tensors import array_of
 from conveyor_models.importers.onnx_values import Array
 
 NODES_MAX: Final = 16_384
+TENSORS_MAX: Final = 2 * NODES_MAX
+"""Initializers: a node reads a few."""
 OPSET_MIN: Final = 7
 """Before it, the recurrent operators and Gemm had another form."""
 OPSET_MAX: Final = 26
@@ -41,6 +43,10 @@ def import_onnx(path: Path) -> ImportedModel:
         raise ImportFileError("holds no graph", path=path)
     if len(graph.node) > NODES_MAX:
         raise ImportFileError(f"{len(graph.node)} nodes, expected at most {NODES_MAX}", path=path)
+    if len(graph.initializer) > TENSORS_MAX:
+        raise ImportFileError(
+            f"{len(graph.initializer)} initializers, expected at most {TENSORS_MAX}", path=path
+        )
     for part in ("functions", "training_info"):
         if getattr(model, part):
             raise refused(part, "are not supported")
