@@ -7,7 +7,7 @@ from typing import Final
 
 import grpc
 from grpc import aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from conveyor.oip import inference_pb2, inference_pb2_grpc
@@ -15,6 +15,7 @@ from conveyor.v1 import model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
 from conveyor_server.config import LimitsConfig, ListenConfig
 from conveyor_server.core import ModelInfo
 from conveyor_server.rpc.calls import Authenticator, CallInterceptor
+from conveyor_server.rpc.health import NOT_SERVING, SERVICE_UNKNOWN, SERVING, Health
 from conveyor_server.rpc.models import ModelServicer
 from conveyor_server.rpc.oip.servicer import InferenceServicer
 from conveyor_server.rpc.service import Services
@@ -23,6 +24,14 @@ from conveyor_server.rpc.streams import Streams
 
 CUT_SECONDS_MAX: Final = 2.0
 """What calls that were cut off at a stop have to end."""
+PING_SECONDS_MIN: Final = 1
+"""How often a client may ping a connection on which nothing else is sent.
+
+Clients and proxies ping to notice a dead connection and to keep the way through firewalls open,
+some every 10 s or less. gRPC's own default is 5 minutes, and 2 hours while there is no call.
+"""
+PING_STRIKES_MAX: Final = 4
+"""Pings that come sooner than that, until a result is sent; one more ends the connection."""
 
 _FRAME_BYTES = 64 * 2**10
 _ENTRY_BYTES = 32
@@ -49,8 +58,9 @@ class GrpcServer:
         config = services.config
         self._shutdown = config.shutdown
         self._streams = Streams(config.limits.streams_max)
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         self._serving: dict[str, set[int]] = {}
+        self._started = self._draining = False
         interceptor = CallInterceptor(
             Authenticator(config.auth.tokens),
             services.metrics,
@@ -99,8 +109,10 @@ class GrpcServer:
             why = _bind_problem(listen.address)
             raise AddressError(f"cannot listen on {listen.address}: {why}") from error
         await self._server.start()
-        for service in ("", *_SERVICES):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._started = True
+        await self._set_whole_serving()
+        for service in _SERVICES:
+            await self._health.set(service, SERVING)
         return f"{listen.address.rpartition(':')[0]}:{port}"
 
     async def set_model_serving(self, info: ModelInfo, serving: bool) -> None:
@@ -109,15 +121,24 @@ class GrpcServer:
         versions = self._serving.setdefault(name, set())
         (versions.add if serving else versions.discard)(version)
         for service, served in ((name, bool(versions)), (f"{name}/{version}", serving)):
-            status = (
-                health_pb2.HealthCheckResponse.SERVING
-                if served
-                else health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-            )
-            await self._health.set(service, status)
+            await self._health.set(service, SERVING if served else SERVICE_UNKNOWN)
+        await self._set_whole_serving()
+
+    async def _set_whole_serving(self) -> None:
+        await self._health.set("", NOT_SERVING if self.unready else SERVING)
+
+    @property
+    def unready(self) -> str:
+        """Why health says that the server does not serve; empty while it does."""
+        if self._draining:
+            return "draining"
+        if not self._started:
+            return "starting"
+        return "" if any(self._serving.values()) else "no model is served"
 
     async def drain(self) -> None:
         """Not serving any more: health says so, every stream is told, and no new one is taken."""
+        self._draining = True
         await self._health.enter_graceful_shutdown()
         self._streams.drain(self._shutdown.reconnect_after_seconds)
 
@@ -150,8 +171,10 @@ def transport_options(limits: LimitsConfig) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-        ("grpc.http2.max_ping_strikes", 4),
+        # With and without a call: a client that waits for its next input is a client, too.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 1000 * PING_SECONDS_MIN),
+        ("grpc.http2.max_ping_strikes", PING_STRIKES_MAX),
     ]
 
 
