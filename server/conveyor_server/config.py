@@ -33,7 +33,17 @@ if TYPE_CHECKING:
 
 PORT_MAX = 65_535
 ENV_PREFIX = "CONVEYOR_"
-ENV_RESERVED = frozenset({"CONVEYOR_CONFIG", "CONVEYOR_TARGET", "CONVEYOR_TOKEN"})
+ENV_RESERVED = frozenset(
+    {
+        "CONVEYOR_CA",
+        "CONVEYOR_CERT",
+        "CONVEYOR_CONFIG",
+        "CONVEYOR_KEY",
+        "CONVEYOR_TARGET",
+        "CONVEYOR_TLS",
+        "CONVEYOR_TOKEN",
+    }
+)
 """Read by the commands themselves."""
 
 
@@ -60,6 +70,8 @@ class ListenConfig(_Section):
     """PEM chain; with the key below the gRPC port speaks TLS only."""
     tls_key_file: Path | None = None
     """PEM private key."""
+    tls_client_ca_file: Path | None = None
+    """PEM of authorities: with it a client has to show a certificate that one of them signed."""
 
     @field_validator("address", "metrics_address")
     @classmethod
@@ -293,6 +305,8 @@ class Config(BaseSettings):
             )
         if (self.listen.tls_certificate_file is None) != (self.listen.tls_key_file is None):
             raise ValueError("listen: tls_certificate_file and tls_key_file need each other")
+        if self.listen.tls_client_ca_file and self.listen.tls_certificate_file is None:
+            raise ValueError("listen: tls_client_ca_file needs tls_certificate_file")
         return self
 
     @classmethod

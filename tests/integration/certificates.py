@@ -26,9 +26,9 @@ class Authority:
         self.ca = folder / "ca.pem"
         self._ca.cert_pem.write_to_path(self.ca)
 
-    def issue(self, *names: str, common_name: str | None = None) -> Certificate:
+    def issue(self, *names: str) -> Certificate:
         """A certificate for host names, addresses or mail addresses, named by the first."""
-        issued = self._ca.issue_cert(*names, common_name=common_name)
+        issued = self._ca.issue_cert(*names)
         stem = names[0].replace("*", "any").replace(":", "-")
         files = Certificate(self._folder / f"{stem}.pem", self._folder / f"{stem}.key")
         files.chain.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))

@@ -4,7 +4,6 @@ import errno
 import importlib.util
 import ipaddress
 import socket
-import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from conveyor_server.doctor.machine import cores, memory_bytes
 from conveyor_server.engine.about import about_device
 from conveyor_server.engine.engine import DeviceError, TorchEngine, choose_device
 from conveyor_server.engine.loader import load_repository
+from conveyor_server.rpc.tls import authority_problem, chain_problem
 
 PROBE_SLOTS: Final = 8
 """As many as the probe of same bits runs at once; a whole pool is not needed for it."""
@@ -51,6 +51,8 @@ def check_exposure(config: Config) -> Iterator[Finding]:
             )
     if listen.tls_certificate_file is not None and listen.tls_key_file is not None:
         yield _check_tls(listen.tls_certificate_file, listen.tls_key_file)
+    if listen.tls_client_ca_file is not None:
+        yield _check_client_ca(listen.tls_client_ca_file)
     if not config.engine.verify_same_bits:
         yield warn(
             "configuration",
@@ -74,21 +76,19 @@ def _on_loopback(address: str) -> bool:
 
 
 def _check_tls(certificate: Path, key: Path) -> Finding:
-    try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key, password=_no_passphrase)
-    except OSError as error:  # ssl's own errors are such too
+    if problem := chain_problem(certificate, key):
         return fail(
             "tls",
-            f"{certificate} and {key} cannot be used: {error.strerror or error}",
+            f"{certificate} and {key} cannot be used: {problem}",
             "give a PEM chain and the private key that belongs to its first certificate",
         )
     return ok("tls", f"{certificate} and its key belong together")
 
 
-def _no_passphrase() -> str:
-    """Instead of a question on the terminal."""
-    raise OSError("the key is encrypted, and the server has no passphrase")
+def _check_client_ca(ca: Path) -> Finding:
+    if problem := authority_problem(ca):
+        return fail("tls", f"{ca} cannot be used: {problem}", "give certificates in PEM")
+    return ok("tls", f"clients need a certificate of an authority in {ca}")
 
 
 def check_store(config: Config) -> Iterator[Finding]:

@@ -2,10 +2,8 @@
 
 import asyncio
 import socket
-from pathlib import Path
 from typing import Final
 
-import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -21,6 +19,7 @@ from conveyor_server.rpc.oip.servicer import InferenceServicer
 from conveyor_server.rpc.service import Services
 from conveyor_server.rpc.sessions import SessionServicer
 from conveyor_server.rpc.streams import Streams
+from conveyor_server.rpc.tls import credentials
 
 CUT_SECONDS_MAX: Final = 2.0
 """What calls that were cut off at a stop have to end."""
@@ -98,13 +97,14 @@ class GrpcServer:
             AddressError: The address or the TLS files cannot be used.
         """
         try:
-            credentials = _credentials(listen.tls_certificate_file, listen.tls_key_file)
-            if credentials is None:
+            shown = credentials(listen)
+        except OSError as error:
+            raise AddressError(str(error)) from error
+        try:
+            if shown is None:
                 port = self._server.add_insecure_port(listen.address)
             else:
-                port = self._server.add_secure_port(listen.address, credentials)
-        except OSError as error:
-            raise AddressError(f"cannot listen on {listen.address}: {error}") from error
+                port = self._server.add_secure_port(listen.address, shown)
         except RuntimeError as error:
             why = _bind_problem(listen.address)
             raise AddressError(f"cannot listen on {listen.address}: {why}") from error
@@ -193,11 +193,3 @@ def _bind_problem(address: str) -> str:
     except (OSError, OverflowError) as error:
         return (getattr(error, "strerror", None) or str(error)).lower()
     return "gRPC could not bind it"
-
-
-def _credentials(certificate: Path | None, key: Path | None) -> grpc.ServerCredentials | None:
-    if certificate is None and key is None:
-        return None
-    if certificate is None or key is None:
-        raise AddressError("TLS needs both a certificate and a key file")
-    return grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
