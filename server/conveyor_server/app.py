@@ -109,7 +109,7 @@ class App:
 
         Raises:
             StartError: There is no model to serve, or the ready file cannot be written.
-            AddressError: An address cannot be listened on.
+            AddressError: An address cannot be listened on, or the TLS files not used.
             ServerBroken: It stopped by a mistake of its own.
         """
         sys.setswitchinterval(GIL_SWITCH_SECONDS)

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.integration.certificates import Authority, settings_of
 from tests.integration.conftest import StartServer
-from tests.integration.process import ServerProcess
+from tests.integration.process import ServerProcess, run_command
 from tests.integration.wire import until
 
 GARBAGE: Final = {
@@ -92,3 +92,26 @@ async def test_too_few_descriptors_leave_no_line_that_is_not_json(
         connection.close()
     assert await healthy(server, authority)
     assert all_json(server), server.log_text()
+
+
+def test_files_that_cannot_be_used_are_named_with_their_setting(
+    repository: Path, authority: Authority, tmp_path: Path
+) -> None:
+    one, other = authority.issue("one.example"), authority.issue("other.example")
+    absent, empty = tmp_path / "absent.pem", tmp_path / "empty.pem"
+    empty.write_text("")
+    files = f"listen.tls_certificate_file {one.chain} and listen.tls_key_file {other.key}"
+    refused = {
+        (one.chain, other.key, None): f"{files}: the key is not that of the first certificate",
+        (absent, one.key, None): "No such file or directory",
+        (one.chain, empty, None): "not a chain and its private key in PEM",
+        (one.chain, one.key, empty): f"listen.tls_client_ca_file {empty}: no certificate in PEM",
+    }
+    flags = ["--models", str(repository), "--listen", "127.0.0.1:0", "--metrics", ""]
+    for (chain, key, ca), said in refused.items():
+        settings = {"tls_certificate_file": chain, "tls_key_file": key, "tls_client_ca_file": ca}
+        given = [f"--set=listen.{name}={file}" for name, file in settings.items() if file]
+        done = run_command(["serve", *flags, *given])
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr

@@ -53,8 +53,16 @@ class GrpcServer:
     """Starts, drains and stops the services."""
 
     def __init__(self, services: Services) -> None:
-        """Builds the server; it listens from `start` on."""
+        """Builds the server; it listens from `start` on.
+
+        Raises:
+            AddressError: The TLS files cannot be used.
+        """
         config = services.config
+        try:
+            self._credentials = credentials(config.listen)
+        except OSError as error:
+            raise AddressError(str(error)) from error
         self._shutdown = config.shutdown
         self._streams = Streams(config.limits.streams_max)
         self._health = Health()
@@ -94,17 +102,13 @@ class GrpcServer:
         """Listens, and returns host:port.
 
         Raises:
-            AddressError: The address or the TLS files cannot be used.
+            AddressError: The address cannot be used.
         """
         try:
-            shown = credentials(listen)
-        except OSError as error:
-            raise AddressError(str(error)) from error
-        try:
-            if shown is None:
+            if self._credentials is None:
                 port = self._server.add_insecure_port(listen.address)
             else:
-                port = self._server.add_secure_port(listen.address, shown)
+                port = self._server.add_secure_port(listen.address, self._credentials)
         except RuntimeError as error:
             why = _bind_problem(listen.address)
             raise AddressError(f"cannot listen on {listen.address}: {why}") from error

@@ -52,9 +52,8 @@ def credentials(listen: ListenConfig) -> grpc.ServerCredentials | None:
     if certificate is None or key is None:
         return None
     if problem := chain_problem(certificate, key):
-        raise OSError(
-            f"listen.tls_certificate_file {certificate} and tls_key_file {key}: {problem}"
-        )
+        files = f"listen.tls_certificate_file {certificate} and listen.tls_key_file {key}"
+        raise OSError(f"{files}: {problem}")
     if ca is not None and (problem := authority_problem(ca)):
         raise OSError(f"listen.tls_client_ca_file {ca}: {problem}")
     return grpc.ssl_server_credentials(
