@@ -34,6 +34,8 @@ _TEXT: Final = "text/plain; charset=utf-8"
 _log = logging.getLogger(__name__)
 
 Headers = list[tuple[str, str]]
+_Exposition = Callable[[dict[str, str], Callable[[str, Headers], None]], Iterable[bytes]]
+"""As WSGI has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Monitoring:
 
     def __init__(self, registry: CollectorRegistry, unready: Callable[[], str]) -> None:
         """`unready` says why the server does not serve, or nothing."""
-        self._exposition = make_wsgi_app(registry)
+        self._exposition = cast(_Exposition, make_wsgi_app(registry))
         self._unready = unready
         # Reading all metrics takes milliseconds, which a tick on the loop would feel.
         self._scraper = ThreadPoolExecutor(1, thread_name_prefix="metrics")
@@ -175,7 +177,7 @@ class Monitoring:
             "HTTP_ACCEPT_ENCODING": request.headers.get("Accept-Encoding", ""),
         }
         try:
-            body = b"".join(cast(Iterable[bytes], self._exposition(environment, start)))
+            body = b"".join(self._exposition(environment, start))
         except Exception:  # noqa: BLE001  a bug in one metric ends no connection without an answer
             _log.exception("the metrics could not be read")
             return _plain(HTTPStatus.INTERNAL_SERVER_ERROR)
