@@ -34,7 +34,8 @@ class _Forks:
         self._left: list[object] = []
         self._closed_some = False
         self.unusable = False
-        os.register_at_fork(before=self._before, after_in_child=self._in_child)
+        if hasattr(os, "register_at_fork"):  # else there is no fork, either
+            os.register_at_fork(before=self._before, after_in_child=self._in_child)
 
     def add(self, client: object) -> None:
         """It opens a channel."""

@@ -18,7 +18,10 @@ from http import HTTPStatus
 from http.client import HTTPException, parse_headers
 from typing import Final, cast
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import (
+    CollectorRegistry,
+    make_wsgi_app,  # pyright: ignore[reportUnknownVariableType]
+)
 
 CONNECTIONS_MAX: Final = 32
 """At once; another is closed as it comes."""

@@ -155,7 +155,8 @@ def test_an_unknown_environment_variable_is_refused(
 
 
 def test_variables_of_the_commands_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("CONVEYOR_CONFIG", "CONVEYOR_TARGET", "CONVEYOR_TOKEN"):
+    own = ("CONFIG", "TARGET", "TOKEN", "TLS", "CA", "CERT", "KEY")
+    for variable in (f"CONVEYOR_{name}" for name in own):
         monkeypatch.setenv(variable, "x")
     monkeypatch.setenv("SOMETHING_ELSE", "x")
     assert load_config() == Config()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -210,3 +211,18 @@ async def test_a_stop_cuts_what_is_under_way_and_the_port_is_free_again() -> Non
     with pytest.raises(OSError, match="in use"):
         await Monitoring(CollectorRegistry(), lambda: "").start(address)
     await again.stop()
+
+
+async def test_ipv6_too() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("there is no IPv6 here")
+    server = Monitoring(CollectorRegistry(), lambda: "")
+    address = await server.start("[::1]:0")
+    assert address.startswith("[::1]:")
+    reader, writer = await asyncio.open_connection("::1", int(address.rpartition(":")[2]))
+    writer.write(b"GET /readyz HTTP/1.1\r\n\r\n")
+    assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
+    writer.close()
+    await server.stop()
