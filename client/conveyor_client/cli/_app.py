@@ -48,7 +48,7 @@ app.command("bench")(_bench.bench)
 
 def main() -> None:
     """Runs the command line."""
-    with suppress(OSError):  # there is no standard error stream
+    with suppress(OSError, AttributeError):  # there is no standard error stream
         _part_from_grpc()
     app()
 
