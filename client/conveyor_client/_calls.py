@@ -23,6 +23,7 @@ _R = TypeVar("_R", bound=Message)
 Metadata = Sequence[tuple[str, str]]
 
 _SERVING = 1
+_CALLS_END_SECONDS_MAX = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class Calls:
         if link is not None:
             if not self.home.lost:  # else its calls ended with their event loop
                 await link.channel.close()
+                await _calls_ended()
             self.home.note_closed()
 
     def steps(self, key: str) -> StepsCall:
@@ -225,6 +227,19 @@ class Calls:
 
     def _metadata_for(self, key: str) -> Metadata:
         return (*self._metadata, ("conveyor-key", key)) if key else self._metadata
+
+
+async def _calls_ended() -> None:
+    """Waits, not for long, until gRPC has noticed that calls are cancelled.
+
+    Its tasks for that hold the channel, and a loop that stops before they end keeps them for ever.
+    """
+    give_up_at = time.monotonic() + _CALLS_END_SECONDS_MAX
+    while time.monotonic() < give_up_at:
+        coroutines = (task.get_coro() for task in asyncio.all_tasks())
+        if not any("_AioCall" in getattr(each, "__qualname__", "") for each in coroutines):
+            return
+        await asyncio.sleep(0.001)
 
 
 def _make_channel(target: str, options: Options, tls: Tls | None) -> grpc.aio.Channel:

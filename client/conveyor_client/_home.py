@@ -9,6 +9,7 @@ none open.
 import asyncio
 import gc
 import os
+from contextlib import suppress
 from weakref import WeakSet, ref
 
 from conveyor_client._errors import NotOpen
@@ -18,8 +19,9 @@ _FORKED = (
     " make a new client in the child"
 )
 _CHILD_OF_OPEN = (
-    "this process was forked while a client was open, and gRPC cannot be used in it: close every"
-    " client before the fork, or start processes with multiprocessing.get_context('spawn')"
+    "this process was forked while a client or another gRPC channel was open, and gRPC cannot be"
+    " used in it: close them all before the fork, or start processes with"
+    " multiprocessing.get_context('spawn')"
 )
 _OTHER_LOOP = (
     "this client belongs to the event loop that it was first used in: make one in each event loop"
@@ -33,6 +35,7 @@ class _Forks:
         self._open = WeakSet[object]()
         self._left: list[object] = []
         self._closed_some = False
+        self._running = False
         self.unusable = False
         if hasattr(os, "register_at_fork"):  # else there is no fork, either
             os.register_at_fork(before=self._before, after_in_child=self._in_child)
@@ -51,11 +54,21 @@ class _Forks:
         if self._closed_some:
             self._closed_some = False
             gc.collect()
+        self._running = bool(self._open) or _grpc_runs()
 
     def _in_child(self) -> None:
-        if self._open:
-            self._left.extend(self._open)
-            self.unusable = True
+        self._left.extend(self._open)
+        self.unusable = self.unusable or self._running
+
+
+def _grpc_runs() -> bool:
+    """Whether gRPC has threads, for a channel of somebody else or one not yet ended."""
+    names: set[str] = set()
+    with suppress(OSError):  # only Linux tells, and a thread may end meanwhile
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(OSError), open(f"/proc/self/task/{thread}/comm") as file:
+                names.add(file.read().strip())
+    return any(name.startswith(("grpc_", "event_engine", "lifeguard")) for name in names)
 
 
 _forks = _Forks()  # as much one for the process as the handlers that it registers
