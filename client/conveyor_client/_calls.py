@@ -77,10 +77,11 @@ class Calls:
         metadata: Metadata = (),
     ) -> None:
         self._options = options
+        self.target = target
         self._metadata = tuple(metadata)
         if token is not None:
             self._metadata += (("authorization", f"Bearer {token}"),)
-        self._target, self._tls = target, tls
+        self._tls = tls
         self._link: _Link | None = None
         self._closed = False
         self.home = home
@@ -100,7 +101,7 @@ class Calls:
         if self._closed:
             raise NotOpen("the client is closed")
         if self._link is None:
-            self._link = _Link(_make_channel(self._target, self._options, self._tls))
+            self._link = _Link(_make_channel(self.target, self._options, self._tls))
             self.home.note_open()
         return self._link
 
@@ -152,14 +153,15 @@ class Calls:
         Raises:
             ConveyorError: What went wrong, by class.
         """
-        seconds = self._seconds(timeout_seconds)
+        seconds = total_seconds = self._seconds(timeout_seconds)
         give_up_at = time.monotonic() + seconds
         attempt = 1
         while True:
             try:
                 return await method(request, timeout=seconds, metadata=self._metadata_for(key))
             except grpc.aio.AioRpcError as error:
-                cause, translated = error, error_from_call(error)
+                cause = error
+                translated = error_from_call(error, self.target, total_seconds)
             except grpc.aio.UsageError as error:
                 raise NotOpen("the client is closed") from error
             wait_seconds = self._options.reconnect.wait_seconds(attempt)
@@ -194,10 +196,9 @@ class Calls:
         Raises:
             ConveyorError: What went wrong, by class.
         """
+        seconds = self._seconds(timeout_seconds)
         try:
-            call = method(
-                request, timeout=self._seconds(timeout_seconds), metadata=self._metadata_for(key)
-            )
+            call = method(request, timeout=seconds, metadata=self._metadata_for(key))
             try:
                 async for response in call:
                     yield response
@@ -206,7 +207,7 @@ class Calls:
                 del call
         except grpc.aio.AioRpcError as error:
             del method  # as for `unary`
-            raise error_from_call(error) from error.with_traceback(None)
+            raise error_from_call(error, self.target, seconds) from error.with_traceback(None)
         except grpc.aio.UsageError as error:
             raise NotOpen("the client is closed") from error
 

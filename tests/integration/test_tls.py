@@ -100,12 +100,11 @@ def test_files_that_cannot_be_used_are_named_with_their_setting(
     one, other = authority.issue("one.example"), authority.issue("other.example")
     absent, empty = tmp_path / "absent.pem", tmp_path / "empty.pem"
     empty.write_text("")
-    files = f"listen.tls_certificate_file {one.chain} and listen.tls_key_file {other.key}"
     refused = {
-        (one.chain, other.key, None): f"{files}: the key is not that of the first certificate",
-        (absent, one.key, None): "No such file or directory",
-        (one.chain, empty, None): "not a chain and its private key in PEM",
-        (one.chain, one.key, empty): f"listen.tls_client_ca_file {empty}: no certificate in PEM",
+        (one.chain, other.key, None): f"listen.tls_key_file: {other.key} is not the key of",
+        (absent, one.key, None): f"listen.tls_certificate_file: {absent}: no such file",
+        (one.chain, empty, None): f"listen.tls_key_file: {empty} holds no private key in PEM",
+        (one.chain, one.key, empty): f"listen.tls_client_ca_file: {empty} holds no certificate",
     }
     flags = ["--models", str(repository), "--listen", "127.0.0.1:0", "--metrics", ""]
     for (chain, key, ca), said in refused.items():

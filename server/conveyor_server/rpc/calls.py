@@ -62,14 +62,16 @@ class Authenticator:
             return ANONYMOUS
         value = metadata.get("authorization", "")
         if not isinstance(value, str) or not value.startswith(_BEARER):
-            raise Unauthenticated("metadata 'authorization' does not hold a bearer token")
+            raise Unauthenticated(
+                "this server needs a token: send metadata 'authorization: Bearer TOKEN'"
+            )
         given = value.removeprefix(_BEARER).encode()
         found = None
         for token, name in self._tokens.items():  # all of them, so that time tells nothing
             if hmac.compare_digest(token, given):
                 found = name
         if found is None:
-            raise Unauthenticated("the bearer token is not known")
+            raise Unauthenticated("the server does not know this bearer token (auth.tokens)")
         return found
 
 
@@ -166,7 +168,7 @@ class CallInterceptor(aio.ServerInterceptor):
         size = sum(len(key) + len(value) for key, value in metadata.items())
         if size > self._metadata_bytes_max:
             raise MessageTooLarge(
-                f"the metadata has {size} bytes",
+                f"the metadata has {size:,} bytes",
                 limit="limits.metadata_bytes_max",
                 maximum=self._metadata_bytes_max,
             )

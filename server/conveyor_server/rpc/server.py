@@ -12,6 +12,7 @@ from conveyor.oip import inference_pb2, inference_pb2_grpc
 from conveyor.v1 import model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
 from conveyor_server.config import LimitsConfig, ListenConfig
 from conveyor_server.core import ModelInfo
+from conveyor_server.errors import os_error_text
 from conveyor_server.rpc.calls import Authenticator, CallInterceptor
 from conveyor_server.rpc.health import NOT_SERVING, SERVICE_UNKNOWN, SERVING, Health
 from conveyor_server.rpc.models import ModelServicer
@@ -19,7 +20,7 @@ from conveyor_server.rpc.oip.servicer import InferenceServicer
 from conveyor_server.rpc.service import Services
 from conveyor_server.rpc.sessions import SessionServicer
 from conveyor_server.rpc.streams import Streams
-from conveyor_server.rpc.tls import credentials
+from conveyor_server.rpc.tls import TlsFilesError, credentials
 
 CUT_SECONDS_MAX: Final = 2.0
 """What calls that were cut off at a stop have to end."""
@@ -61,7 +62,7 @@ class GrpcServer:
         config = services.config
         try:
             self._credentials = credentials(config.listen)
-        except OSError as error:
+        except TlsFilesError as error:
             raise AddressError(str(error)) from error
         self._shutdown = config.shutdown
         self._streams = Streams(config.limits.streams_max)
@@ -111,7 +112,8 @@ class GrpcServer:
                 port = self._server.add_secure_port(listen.address, self._credentials)
         except RuntimeError as error:
             why = _bind_problem(listen.address)
-            raise AddressError(f"cannot listen on {listen.address}: {why}") from error
+            message = f"listen.address: cannot listen on {listen.address}: {why}"
+            raise AddressError(message) from error
         await self._server.start()
         self._started = True
         await self._set_whole_serving()
@@ -195,5 +197,5 @@ def _bind_problem(address: str) -> str:
             with socket.socket(family, kind, protocol) as probe:
                 probe.bind(bound)
     except (OSError, OverflowError) as error:
-        return (getattr(error, "strerror", None) or str(error)).lower()
+        return os_error_text(error) if isinstance(error, OSError) else str(error)
     return "gRPC could not bind it"

@@ -1,63 +1,89 @@
-"""The files of TLS: looked at by Python's own TLS, as gRPC does not say what is wrong with them."""
+"""The TLS files of the server: whether they can be used, and if not, which one and why."""
 
 import ssl
 from pathlib import Path
+from typing import Final
 
 import grpc
 
 from conveyor_server.config import ListenConfig
+from conveyor_server.errors import os_error_text
+
+CERTIFICATE: Final = "listen.tls_certificate_file"
+KEY: Final = "listen.tls_key_file"
+CLIENT_CA: Final = "listen.tls_client_ca_file"
 
 
-def chain_problem(certificate: Path, key: Path) -> str:
-    """Why a chain and a key cannot be used together; empty if they can."""
+class TlsFilesError(Exception):
+    """The files cannot be used; the message names the setting."""
+
+
+def read_pair(certificate: Path, key: Path) -> tuple[bytes, bytes]:
+    """Reads a certificate chain and its private key, and checks that they belong together.
+
+    Raises:
+        TlsFilesError: One cannot be read, is not PEM, or they do not belong together.
+    """
+    chain, private = _read(CERTIFICATE, certificate), _read(KEY, key)
+    if b"-----BEGIN CERTIFICATE-----" not in chain:
+        raise TlsFilesError(f"{CERTIFICATE}: {certificate} holds no certificate in PEM")
+    if b"PRIVATE KEY-----" not in private:
+        raise TlsFilesError(f"{KEY}: {key} holds no private key in PEM")
     try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key, password=_no_passphrase)
+        # Where it is encrypted, the passphrase would be asked for on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=_refuse)
+    except _EncryptedError as error:
+        raise TlsFilesError(f"{KEY}: {key} is encrypted; decrypt it for the server") from error
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
-            return "the key is not that of the first certificate"
-        return "not a chain and its private key in PEM"
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
+            message = f"{KEY}: {key} is not the key of the certificate in {certificate}"
+        else:
+            message = f"{CERTIFICATE} and {KEY}: {certificate} or {key} is damaged"
+        raise TlsFilesError(message) from error
+    return chain, private
 
 
-def authority_problem(ca: Path) -> str:
-    """Why nobody could be trusted by a file; empty if somebody can."""
+def read_authorities(file: Path) -> bytes:
+    """Reads the certificates of whoever signs those of clients.
+
+    Raises:
+        TlsFilesError: It cannot be read, or is no certificate in PEM.
+    """
+    authorities = _read(CLIENT_CA, file)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(ca)
-    except ssl.SSLError:
-        return "no certificate in PEM"
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
-
-
-def _no_passphrase() -> str:
-    """Instead of a question on the terminal."""
-    raise OSError("the key is encrypted, and the server has no passphrase")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(file)
+    except ssl.SSLError as error:
+        raise TlsFilesError(f"{CLIENT_CA}: {file} holds no certificate in PEM") from error
+    return authorities
 
 
 def credentials(listen: ListenConfig) -> grpc.ServerCredentials | None:
     """What the gRPC port shows; None if it speaks no TLS.
 
     Raises:
-        OSError: A file cannot be used; the text names its setting.
+        TlsFilesError: A file cannot be used.
     """
-    certificate, key, ca = (
-        listen.tls_certificate_file,
-        listen.tls_key_file,
-        listen.tls_client_ca_file,
-    )
+    certificate, key = listen.tls_certificate_file, listen.tls_key_file
     if certificate is None or key is None:
         return None
-    if problem := chain_problem(certificate, key):
-        files = f"listen.tls_certificate_file {certificate} and listen.tls_key_file {key}"
-        raise OSError(f"{files}: {problem}")
-    if ca is not None and (problem := authority_problem(ca)):
-        raise OSError(f"listen.tls_client_ca_file {ca}: {problem}")
+    chain, private = read_pair(certificate, key)
+    ca = listen.tls_client_ca_file
+    authorities = None if ca is None else read_authorities(ca)
     return grpc.ssl_server_credentials(
-        [(key.read_bytes(), certificate.read_bytes())],
-        root_certificates=None if ca is None else ca.read_bytes(),
-        require_client_auth=ca is not None,
+        [(private, chain)], authorities, require_client_auth=authorities is not None
     )
+
+
+class _EncryptedError(Exception):
+    """The key needs a passphrase."""
+
+
+def _refuse() -> str:
+    raise _EncryptedError
+
+
+def _read(setting: str, file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise TlsFilesError(f"{setting}: {os_error_text(error, file)}") from error
