@@ -163,7 +163,7 @@ def _notes_of_rows(name: str, flow: Flow, rows: _Rows) -> list[str]:
                 f"{name} is the first {forward} numbers of the last step's row and the others of"
                 " the first step's; the bundle gives every step's"
             )
-        case number if number in (last_row(flow.time), (flow.steps or 0) - 1):
+        case number if number == _last(flow):
             notes.append(f"{name} is the last step's row; the bundle gives every step's")
         case 0:
             notes.append(f"{name} is the first step's row; the bundle gives every step's")
@@ -181,6 +181,14 @@ def _notes_of_rows(name: str, flow: Flow, rows: _Rows) -> list[str]:
             " several; the bundle gives them as one row, in the same order"
         )
     return notes
+
+
+def _last(flow: Flow) -> int:
+    """The last step; of steps that are written out, where only they say how many there are."""
+    open_ended = flow.time is not None and flow.time.length.known is None
+    if open_ended and flow.steps is not None and flow.row != last_row(flow.time):
+        return flow.steps - 1
+    return last_row(flow.time)
 
 
 # --- The way -------------------------------------------------------------------------------------

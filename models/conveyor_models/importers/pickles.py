@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from conveyor_models.errors import ImportFileError
+from conveyor_models.importers.foreign import class_in_pickle, pickle_advice
 
 STEPS_MAX: Final = 2_000_000
 """A state dict takes about fifty for each tensor. Copying a container counts as all steps before,
@@ -62,11 +63,7 @@ def check_pickle(path: Path, entry: str, pickled: bytes) -> None:
             cost += 1
             called = followed.take(opcode, argument)
             if opcode.name == "GLOBAL" and _needless(followed.top):
-                raise ImportFileError(
-                    f"{entry}: names {followed.top[:200]}, which no state dict needs and which"
-                    " makes tensors or bytes that are not in the file",
-                    path=path,
-                )
+                raise ImportFileError(_advice(path, entry, pickled, followed.top), path=path)
             if called in _COPIES:
                 cost += step
             if cost > STEPS_MAX:
@@ -80,6 +77,16 @@ def check_pickle(path: Path, entry: str, pickled: bytes) -> None:
         raise ImportFileError(
             f"cannot be read as a state dict: {entry} is damaged: {said}", path=path
         ) from error
+
+
+def _advice(path: Path, entry: str, pickled: bytes, name: str) -> str:
+    """What is said of a name that weights never need."""
+    if class_in_pickle(pickled) is not None:
+        return pickle_advice(path, pickled)
+    return (
+        f"{entry}: names {name[:200]}, which makes tensors or bytes that are not in the file and"
+        " which no state dict needs; save module.state_dict() alone"
+    )
 
 
 def _needless(name: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import os
 import re
 from importlib import metadata
 from pathlib import Path
@@ -220,6 +221,9 @@ def _find(repository: Path, name: str, version: int | None) -> Bundle:
 
 
 def _run_server(config: Path | None, flags: dict[str, str]) -> None:
+    # gRPC writes lines of its own to standard error, where only JSON belongs: of each failed TLS
+    # handshake, and, once a second, of too few descriptors. It reads this as it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from conveyor_server.app import App, ServerBroken, StartError
     from conveyor_server.config import ConfigError, load_config
     from conveyor_server.engine.devices import DeviceError

@@ -31,7 +31,8 @@ STATUS_SECONDS_MAX: Final = 30.0
 _OURS: Final = ("conveyor.", "inference.")
 _NOT_TRACED: Final = "grpc."
 """Health and reflection are asked all day long."""
-_OPEN_TO_ALL: Final = "/grpc.health.v1.Health/"
+_OPEN_TO_ALL: Final = frozenset(f"/grpc.health.v1.Health/{name}" for name in ("Check", "Watch"))
+"""Whoever balances load has no token. List names the models, as ListModels does."""
 
 _principal: contextvars.ContextVar[str] = contextvars.ContextVar("principal", default=ANONYMOUS)
 _log = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ class CallInterceptor(aio.ServerInterceptor):
                 limit="limits.metadata_bytes_max",
                 maximum=self._metadata_bytes_max,
             )
-        if not method.startswith(_OPEN_TO_ALL):
+        if method not in _OPEN_TO_ALL:
             _principal.set(self._authenticator.authenticate(metadata))
 
 

@@ -241,6 +241,32 @@ def test_a_step_whose_state_is_as_long_as_its_row_is_refused(tmp_path: Path) -> 
         import_model(file)
 
 
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_step_in_the_middle_of_a_loop_is_not_the_last(
+    kind: Callable[..., Any], tmp_path: Path
+) -> None:
+    module = Loop(kind, "each")
+    fill(module)
+    file = tmp_path / "model.onnx"
+    exported(module, file, {0: "n"})
+    model = onnx.load(file)
+    heads = [each.output[0] for each in model.graph.node if each.name.startswith("/head")]
+    x = normal(STEPS, 2, 3)
+    for number, name in enumerate(heads):
+        del model.graph.output[:]
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, 1, None))
+        file.write_bytes(model.SerializeToString())
+        if number in (0, STEPS - 1):
+            found = import_model(file)
+            (expected,) = judged(model, {"x": x.swapaxes(0, 1)}).values()
+            assert error(served(found, x)[number], expected) < FLOAT32_ERROR_MAX
+            assert said(found, "first step's row" if number == 0 else "last step's row")
+        else:
+            message = f"{name}: step {number}, that is neither the last nor the first one"
+            with pytest.raises(UnsupportedModuleError, match=message):
+                import_model(file)
+
+
 def test_a_first_state_that_was_folded_away_has_to_be_zeros(tmp_path: Path) -> None:
     """A constant in the place of R h0 + b: only where it is b, h0 is zeros."""
     module = Loop(nn.RNNCell, "learned")
