@@ -53,8 +53,7 @@ class Commands:
 
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(SECONDS_MAX)
+        self._process.communicate(timeout=SECONDS_MAX)
 
     def run(self, *arguments: object) -> Done:
         """Runs one command to its end."""
@@ -99,7 +98,7 @@ def _become(arguments: list[str], said: int) -> None:
         main()
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - what would end the process
         sys.excepthook(*sys.exc_info())
     finally:
         sys.stdout.flush()
@@ -112,7 +111,6 @@ def _serve() -> None:
     import onnx  # noqa: F401
     import torch
 
-    import conveyor_server.cli.importing
     from conveyor_models.importers import keras_file, onnx_file, torch_file  # noqa: F401
 
     torch.set_num_threads(1)  # a pool of threads would not live in a fork
