@@ -231,7 +231,7 @@ def from_a_device(folder: Path, outside: Path) -> Path:
 # --- Keras ---------------------------------------------------------------------------------------
 
 
-def _config(units: int = 5) -> str:
+def structure(units: int = 5) -> str:
     float32 = {"module": "keras", "class_name": "DTypePolicy", "config": {"name": "float32"}}
     lstm = {
         "name": "lstm",
@@ -260,7 +260,7 @@ def _config(units: int = 5) -> str:
 def _keras(file: Path, weights: bytes, config: str | None = None) -> Path:
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("metadata.json", '{"keras_version": "3.9.0"}')
-        archive.writestr("config.json", _config() if config is None else config)
+        archive.writestr("config.json", structure() if config is None else config)
         archive.writestr("model.weights.h5", weights)
     return file
 
@@ -292,7 +292,7 @@ def outside_names(folder: Path, outside: Path) -> Path:
     return file
 
 
-def _hdf5(write: Callable[[Any], None]) -> bytes:
+def weights_hdf5(write: Callable[[Any], None]) -> bytes:
     data = io.BytesIO()
     with h5py.File(data, "w") as file:
         group = file.create_group("layers/lstm/cell/vars")
@@ -305,19 +305,19 @@ def _hdf5(write: Callable[[Any], None]) -> bytes:
 
 def hdf5_link(folder: Path, outside: Path) -> Path:
     link = h5py.ExternalLink(str(outside / "secret.h5"), "/x")
-    return _keras(folder / "model.keras", _hdf5(lambda group: group.__setitem__("0", link)))
+    return _keras(folder / "model.keras", weights_hdf5(lambda group: group.__setitem__("0", link)))
 
 
 def hdf5_link_to_a_pipe(folder: Path, outside: Path) -> Path:
     link = h5py.ExternalLink(str(outside / PIPE), "/x")
-    return _keras(folder / "model.keras", _hdf5(lambda group: group.__setitem__("0", link)))
+    return _keras(folder / "model.keras", weights_hdf5(lambda group: group.__setitem__("0", link)))
 
 
 def hdf5_storage(folder: Path, outside: Path) -> Path:
     def write(group: Any) -> None:
         group.create_dataset("0", (3, 20), "f4", external=[(str(outside / SECRET), 0, 240)])
 
-    return _keras(folder / "model.keras", _hdf5(write))
+    return _keras(folder / "model.keras", weights_hdf5(write))
 
 
 def hdf5_virtual(folder: Path, outside: Path) -> Path:
@@ -326,23 +326,41 @@ def hdf5_virtual(folder: Path, outside: Path) -> Path:
         layout[:] = h5py.VirtualSource(str(outside / "secret.h5"), "x", (3, 20))
         group.create_virtual_dataset("0", layout)
 
-    return _keras(folder / "model.keras", _hdf5(write))
+    return _keras(folder / "model.keras", weights_hdf5(write))
 
 
 def hdf5_soft_link(folder: Path, outside: Path) -> Path:
     def write(group: Any) -> None:
         group["0"] = h5py.SoftLink("/layers/lstm/cell/vars/0")
 
-    return _keras(folder / "model.keras", _hdf5(write))
+    return _keras(folder / "model.keras", weights_hdf5(write))
 
 
 def _whole_hdf5(folder: Path, change: Callable[[Any], None]) -> Path:
     """An .h5 of a whole model as Keras 2 writes it."""
     with h5py.File(folder / "model.h5", "w") as file:
         file.attrs["keras_version"] = "2.15.0"
-        file.attrs["model_config"] = _config()
+        file.attrs["model_config"] = structure()
         change(file)
     return folder / "model.h5"
+
+
+def sound_keras(file: Path) -> Path:
+    """Nothing is wrong with it."""
+    return _keras(file, weights_hdf5(lambda _: None))
+
+
+def sound_hdf5(file: Path) -> Path:
+    """Nothing is wrong with it either."""
+
+    def change(whole: Any) -> None:
+        group = whole.create_group("model_weights/lstm")
+        shapes = {"kernel": (3, 20), "recurrent_kernel": (5, 20), "bias": (20,)}
+        for name, shape in shapes.items():
+            group[f"lstm/{name}:0"] = np.zeros(shape, np.float32)
+        group.attrs["weight_names"] = [f"lstm/{name}:0".encode() for name in shapes]
+
+    return _whole_hdf5(file.parent, change).rename(file)
 
 
 def hdf5_all_elsewhere(folder: Path, outside: Path) -> Path:
@@ -366,13 +384,13 @@ def hdf5_packed(folder: Path, outside: Path) -> Path:
     def write(group: Any) -> None:
         group.create_dataset("0", data=np.zeros((3, 20), np.float32), chunks=(3, 20), compression=9)
 
-    return _keras(folder / "model.keras", _hdf5(write))
+    return _keras(folder / "model.keras", weights_hdf5(write))
 
 
 def hdf5_never_written(folder: Path, outside: Path) -> Path:
     """4 GiB of a fill value."""
-    file = _hdf5(lambda group: group.create_dataset("0", (3, 2**28), "f4", fillvalue=1.0))
-    return _keras(folder / "model.keras", file, _config(2**26))
+    file = weights_hdf5(lambda group: group.create_dataset("0", (3, 2**28), "f4", fillvalue=1.0))
+    return _keras(folder / "model.keras", file, structure(2**26))
 
 
 IMPORTS: Final[dict[str, tuple[Write, str]]] = {
