@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import atheris
 
@@ -18,6 +18,12 @@ INPUT_BYTES_MAX: Final = 64 * 2**10
 INPUT_SECONDS_MAX: Final = 20
 MEMORY_MIB_MAX: Final = 4096
 CORPUS: Final = Path(__file__).parent / "corpus"
+
+
+def _mutator(mutate: Any) -> dict[str, Any]:
+    if mutate is None:
+        return {}
+    return {"custom_mutator": lambda *given: mutate(*given, atheris.Mutate)}
 
 
 def main(name: str, seconds: str, folder: str = "") -> None:
@@ -40,7 +46,7 @@ def main(name: str, seconds: str, folder: str = "") -> None:
             *([str(corpus)] if corpus.is_dir() else []),
         ]
         # The first folder is written to; with none given that is the one of the seeds.
-        atheris.Setup([sys.argv[0], *arguments], target.run)
+        atheris.Setup([sys.argv[0], *arguments], target.run, **_mutator(target.mutate))
         atheris.Fuzz()
 
 

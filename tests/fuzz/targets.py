@@ -37,12 +37,10 @@ from conveyor_server.scheduler.operations import Operations
 from conveyor_server.sessions.tokens import check_token
 from conveyor_server.store.checkpoint import check_fits, decode, encode
 from tests.attacks import model_files
-from tests.fuzz import seeds
+from tests.fuzz import mutate, seeds
 from tests.support.clock import FakeClock
 from tests.support.models import FEATURES
 from tests.support.rig import Rig
-
-INPUT_BYTES_MAX: Final = 64 * 2**10
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,8 @@ class Target:
     run: Callable[[bytes], None]
     seeds: Callable[[], list[bytes]]
     """What it has to begin with: valid inputs."""
-    package: str
-    """Whose branches guide the fuzzer."""
+    mutate: Callable[[bytes, int, int, mutate.Mutate], bytes] | None = None
+    """How inputs are changed, if not at any byte."""
 
 
 # --- Records, snapshots and tokens ---------------------------------------------------------------
@@ -199,8 +197,8 @@ def _pickle(file: Path, data: bytes) -> None:
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("model/data.pkl", data)
         archive.writestr("model/byteorder", "little")
-        for number in range(12):
-            archive.writestr(f"model/data/{number}", bytes(4 * 48))
+        for number, values in enumerate((12 * 2, 12 * 3, 12, 12)):  # of nn.LSTM(2, 3)
+            archive.writestr(f"model/data/{number}", bytes(4 * values))
         archive.writestr("model/version", "3\n")
 
 
@@ -219,21 +217,21 @@ def _weights(file: Path, data: bytes) -> None:
 
 
 TARGETS: Final[dict[str, Target]] = {
-    "frame": Target(frame, seeds.frames, "conveyor_server"),
-    "record": Target(record, seeds.records, "conveyor_server"),
-    "snapshot": Target(snapshot, seeds.snapshots, "conveyor_server"),
-    "token": Target(token, seeds.tokens, "conveyor_server"),
-    "bundle": Target(bundle, seeds.bundles, "conveyor_models"),
-    "onnx": Target(_inside(Path.write_bytes, ".onnx"), seeds.onnx_files, "conveyor_models"),
-    "pt": Target(_inside(Path.write_bytes, ".pt"), seeds.torch_files, "conveyor_models"),
+    "frame": Target(frame, seeds.frames),
+    "record": Target(record, seeds.records),
+    "snapshot": Target(snapshot, seeds.snapshots),
+    "token": Target(token, seeds.tokens),
+    "bundle": Target(bundle, seeds.bundles),
+    "onnx": Target(_inside(Path.write_bytes, ".onnx"), seeds.onnx_files, mutate.onnx_graph),
+    "pt": Target(_inside(Path.write_bytes, ".pt"), seeds.torch_files),
     "safetensors": Target(
         _inside(Path.write_bytes, ".safetensors"), seeds.safetensors_files, "conveyor_models"
     ),
-    "keras": Target(_inside(Path.write_bytes, ".keras"), seeds.keras_files, "conveyor_models"),
-    "pickle": Target(_inside(_pickle, ".pt"), seeds.pickles, "conveyor_models"),
+    "keras": Target(_inside(Path.write_bytes, ".keras"), seeds.keras_files),
+    "pickle": Target(_inside(_pickle, ".pt"), seeds.pickles),
     "keras-structure": Target(
-        _inside(_structure, ".keras"), seeds.keras_structures, "conveyor_models"
+        _inside(_structure, ".keras"), seeds.keras_structures, mutate.json_tree
     ),
-    "keras-weights": Target(_inside(_weights, ".keras"), seeds.keras_weights, "conveyor_models"),
-    "h5": Target(_inside(Path.write_bytes, ".h5"), seeds.hdf5_files, "conveyor_models"),
+    "keras-weights": Target(_inside(_weights, ".keras"), seeds.keras_weights),
+    "h5": Target(_inside(Path.write_bytes, ".h5"), seeds.hdf5_files),
 }
