@@ -141,8 +141,11 @@ class LimitsConfig(_Section):
 
     Where the process may open fewer files, fewer connections are taken.
     """
-    connection_calls_max: int = Field(default=1_024, ge=1, le=2**31 - 1)
-    """Calls at once on one connection, streams among them; the client keeps others waiting."""
+    connection_calls_max: int = Field(default=1_024, ge=1, le=2**28 - 1)
+    """Calls at once on one connection, health aside, that were let in.
+
+    The transport is told to take eight times as many, which is what a burst of short calls needs.
+    """
     connection_idle_seconds_max: float = Field(default=120.0, gt=0, le=2**31 / 1000 - 1)
     """Time without a call after which a connection is closed; clients connect again by themselves.
     """

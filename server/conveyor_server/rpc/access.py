@@ -26,13 +26,17 @@ def act_for(caller: str) -> None:
     _principal.set(caller)
 
 
-def check_size(metadata: Metadata, bytes_max: int) -> None:
-    """Checks the size of a call's metadata; keys that are repeated count each time.
+def size_of(metadata: Metadata) -> int:
+    """The bytes of a call's metadata; keys that are repeated count each time."""
+    return sum(len(key) + len(value) for key, value in metadata)
+
+
+def check_size(size: int, bytes_max: int) -> None:
+    """Checks the size of a call's metadata.
 
     Raises:
         MessageTooLarge: It is larger than `bytes_max`.
     """
-    size = sum(len(key) + len(value) for key, value in metadata)
     if size > bytes_max:
         raise MessageTooLarge(
             f"the metadata has {size} bytes",

@@ -1,4 +1,4 @@
-"""How many calls there may be at once: in all, and of those that need no token."""
+"""How many calls there may be at once: in all, and on one connection."""
 
 from collections import Counter
 from collections.abc import Generator
@@ -12,57 +12,56 @@ class CallBounds:
     """Counts the calls under way.
 
     Attributes:
-        calls: Those that were let in; health is not among them, so that it always answers.
+        calls: Those that were let in. Health is not among them, so that it always answers.
+        watches: Calls of Health.Watch, which may stay for ever and need no token.
     """
 
     def __init__(self, limits: LimitsConfig) -> None:
         """Nothing is under way."""
-        self._limits = limits
-        self._watches: Counter[str] = Counter()
-        self.calls = 0
+        self.calls = Bound(
+            "calls",
+            ("limits.concurrent_calls_max", limits.concurrent_calls_max),
+            ("limits.connection_calls_max", limits.connection_calls_max),
+        )
+        self.watches = Bound(
+            "calls of Health.Watch",
+            ("limits.health_calls_max", limits.health_calls_max),
+            ("limits.connection_watches_max", limits.connection_watches_max),
+        )
+
+
+class Bound:
+    """Things of one kind, counted in all and for each connection."""
+
+    def __init__(self, what: str, server: tuple[str, int], connection: tuple[str, int]) -> None:
+        """Of both bounds the setting and its value."""
+        self._what = what
+        self._server = server
+        self._connection = connection
+        self._total = 0
+        self._of: Counter[str] = Counter()
 
     @contextmanager
-    def call(self) -> Generator[None]:
-        """Counts a call while it runs.
-
-        Raises:
-            CallsLimit: The server handles as many as it may.
-        """
-        calls_max = self._limits.concurrent_calls_max
-        if self.calls >= calls_max:
-            raise CallsLimit(
-                f"the server handles {self.calls} calls",
-                limit="limits.concurrent_calls_max",
-                maximum=calls_max,
-            )
-        self.calls += 1
-        try:
-            yield
-        finally:
-            self.calls -= 1
-
-    @contextmanager
-    def watch(self, connection: str) -> Generator[None]:
-        """Counts a call of Health.Watch, which may stay for ever and needs no token.
+    def counted(self, connection: str) -> Generator[None]:
+        """Counts one while it runs.
 
         Raises:
             CallsLimit: The server, or this connection, has as many as it may.
         """
-        for count, limit in (
-            (self._watches.total(), "health_calls_max"),
-            (self._watches[connection], "connection_watches_max"),
-        ):
-            maximum = getattr(self._limits, limit)
-            if count >= maximum:
-                raise CallsLimit(
-                    f"there are {count} calls of Health.Watch",
-                    limit=f"limits.{limit}",
-                    maximum=maximum,
-                )
-        self._watches[connection] += 1
+        _check(self._total, f"the server handles {self._total} {self._what}", *self._server)
+        count = self._of[connection]
+        _check(count, f"the connection has {count} {self._what}", *self._connection)
+        self._total += 1
+        self._of[connection] += 1
         try:
             yield
         finally:
-            self._watches[connection] -= 1
-            if not self._watches[connection]:
-                del self._watches[connection]
+            self._total -= 1
+            self._of[connection] -= 1
+            if not self._of[connection]:
+                del self._of[connection]
+
+
+def _check(count: int, message: str, limit: str, maximum: int) -> None:
+    if count >= maximum:
+        raise CallsLimit(message, limit=limit, maximum=maximum)

@@ -25,7 +25,7 @@ from grpc import aio
 from conveyor_server.clock import Clock
 from conveyor_server.errors import ConveyorError, Internal, InvalidField
 from conveyor_server.metrics import Metrics
-from conveyor_server.rpc.access import Authenticator, act_for, check_size
+from conveyor_server.rpc.access import Authenticator, act_for, check_size, size_of
 from conveyor_server.rpc.bounds import CallBounds
 from conveyor_server.rpc.receiving import Receiver
 from conveyor_server.rpc.status import abort, code_of
@@ -180,14 +180,16 @@ class _Method:
     async def _admitted(self, messages: Any, context: Any, metadata: Any) -> Any:
         """Lets the call in, and runs it."""
         door = self._door
-        check_size(metadata, door.metadata_bytes_max)
+        size = size_of(metadata)
+        door.receiver.let_go(size)  # gRPC keeps it in a circle of its own
+        check_size(size, door.metadata_bytes_max)
         if self.service != _HEALTH:
             act_for(door.authenticator.authenticate(metadata))
-            with door.bounds.call():
+            with door.bounds.calls.counted(context.peer()):
                 return await self._run(messages, context)
         if self._unary_response:
             return await self._run(messages, context)
-        with door.bounds.watch(context.peer()):
+        with door.bounds.watches.counted(context.peer()):
             return await self._run(messages, context)
 
     async def _run(self, messages: Any, context: Any) -> Any:

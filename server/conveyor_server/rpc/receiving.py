@@ -98,8 +98,8 @@ class Receiver:
         """How long a message may take."""
         return self._seconds_max
 
-    def collect(self, size: int) -> None:
-        """Notes that a message of that size was let go of."""
+    def let_go(self, size: int) -> None:
+        """Notes that nobody needs so many bytes any more, and that a circle may still keep them."""
         self._uncollected_bytes += size
         if self._uncollected_bytes >= COLLECTED_BYTES:
             self._uncollected_bytes = 0
@@ -151,7 +151,7 @@ class Received:
     def release(self) -> None:
         """Ends the counting."""
         self._receiver.recount(self._counted, 0)
-        self._receiver.collect(self._counted)
+        self._receiver.let_go(self._counted)
         self._counted, self._data = 0, b""
 
     def _late(self) -> None:

@@ -27,6 +27,10 @@ from conveyor_server.rpc.streams import Streams
 CUT_SECONDS_MAX: Final = 2.0
 """What calls that were cut off at a stop have to end."""
 
+STREAMS_PER_CALL: Final = 8
+"""Streams that the transport takes on a connection for each call that we let in."""
+PENDING_CALLS_MIN: Final = 8_192
+
 _FRAME_BYTES = 64 * 2**10
 _ENTRY_BYTES = 32
 """What a message and each entry of a steps frame may have beside rows; then the transport refuses.
@@ -147,6 +151,7 @@ def transport_options(limits: LimitsConfig) -> list[tuple[str, int]]:
 
     Its own limits stand above ours, so that ours speak first and with a reason.
     """
+    pending_max = max(PENDING_CALLS_MIN, limits.concurrent_calls_max)
     return [
         ("grpc.max_receive_message_length", transport_message_bytes_max(limits)),
         # Results are bounded by what was asked for; the client states its own limit.
@@ -154,10 +159,12 @@ def transport_options(limits: LimitsConfig) -> list[tuple[str, int]]:
         # Between the two gRPC refuses at random, the more likely the larger.
         ("grpc.max_metadata_size", 4 * limits.metadata_bytes_max),
         ("grpc.absolute_max_metadata_size", 8 * limits.metadata_bytes_max),
-        ("grpc.max_concurrent_streams", limits.connection_calls_max),
-        # What gRPC keeps waiting for us of one method; it loses what comes beyond, so we refuse first.
-        ("grpc.server.max_pending_requests", limits.concurrent_calls_max),
-        ("grpc.server.max_pending_requests_hard_limit", 2 * limits.concurrent_calls_max),
+        # A stream counts until we have let go of it, also one that was reset: gRPC refuses a flood
+        # of those by itself. A call whose end the client saw counts as well, hence the room.
+        ("grpc.max_concurrent_streams", STREAMS_PER_CALL * limits.connection_calls_max),
+        # Calls of one method that wait for us. gRPC cancels at random what comes beyond.
+        ("grpc.server.max_pending_requests", pending_max),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * pending_max),
         ("grpc.max_allowed_incoming_connections", limits.connections_max),
         ("grpc.max_connection_idle_ms", int(1000 * limits.connection_idle_seconds_max)),
         ("grpc.server_handshake_timeout_ms", int(1000 * limits.connection_handshake_seconds_max)),
