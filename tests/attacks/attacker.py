@@ -17,6 +17,7 @@ import h2.connection
 import h2.events
 import h2.exceptions
 import h2.settings
+import hpack
 from google.protobuf.message import Message
 from google.rpc import status_pb2
 
@@ -25,6 +26,8 @@ from tests.integration.wire import Refusal, refusal
 
 SECONDS_MAX: Final = 30.0
 """For what has to happen; only a failing test waits so long."""
+PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""What a client begins with: the words, and settings as they are by default."""
 _NAMES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
 Metadata = Iterable[tuple[str, str]]
 
@@ -175,3 +178,21 @@ def _refusal(headers: dict[str, str]) -> Refusal:
         return Refusal(_NAMES[int(headers["grpc-status"])], "", headers.get("grpc-message", ""))
     data = base64.b64decode(details + "=" * (-len(details) % 4))
     return refusal(status_pb2.Status.FromString(data))
+
+
+def resets(method: str, first: int, count: int, encoder: hpack.Encoder) -> bytes:
+    """Frames that begin so many calls and take each back at once; streams count from `first`."""
+    headers = [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", method),
+        (":authority", "attacker"),
+        ("te", "trailers"),
+        ("content-type", "application/grpc"),
+    ]
+    frames = bytearray()
+    for stream in range(first, first + 2 * count, 2):
+        block = encoder.encode(headers)
+        frames += struct.pack(">I", len(block))[1:] + b"\x01\x04" + struct.pack(">I", stream)
+        frames += block + b"\0\0\x04\x03\0" + struct.pack(">II", stream, 8)
+    return bytes(frames)
