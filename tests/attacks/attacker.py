@@ -15,8 +15,6 @@ import grpc
 import h2.config
 import h2.connection
 import h2.events
-import h2.exceptions
-import h2.settings
 import hpack
 from google.protobuf.message import Message
 from google.rpc import status_pb2
@@ -159,6 +157,19 @@ class Attacker:
 def connect(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
     return socket.create_connection((host, int(port)), timeout=SECONDS_MAX)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the server ends the connection in time."""
+    connection.settimeout(SECONDS_MAX)
+    try:
+        while connection.recv(2**16):
+            pass
+    except ConnectionError:
+        pass
+    except TimeoutError:
+        return False
+    return True
 
 
 def resident_bytes(server: ServerProcess) -> int:

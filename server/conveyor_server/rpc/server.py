@@ -1,6 +1,7 @@
 """The gRPC server: services, health, reflection, transport limits."""
 
 import asyncio
+import logging
 import socket
 from pathlib import Path
 from typing import Final
@@ -67,6 +68,7 @@ class GrpcServer:
             metadata_bytes_max=config.limits.metadata_bytes_max,
             tracing=services.tracing,
         )
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_of_interest)
         self._server = aio.server(
             interceptors=[interceptor], options=transport_options(config.limits)
         )
@@ -136,6 +138,12 @@ class GrpcServer:
         calls = asyncio.all_tasks() - {asyncio.current_task()}
         if calls:
             await asyncio.wait(calls, timeout=CUT_SECONDS_MAX)
+
+
+def _is_of_interest(record: logging.LogRecord) -> bool:
+    """Whether a line of gRPC's is more than a caller's going, which it calls an internal error."""
+    kind = record.exc_info and record.exc_info[0]
+    return not (kind and issubclass(kind, aio.InternalError))
 
 
 def transport_message_bytes_max(limits: LimitsConfig) -> int:
