@@ -1,15 +1,21 @@
 # Every target sets up what it needs: Python 3.11+, make and a package index are enough.
 #   make PYTHON=python3.12 demo      choose the interpreter (read when .venv is created)
 #   make PYTEST_ARGS="-k lease" test pass arguments to pytest
+#   make PYTEST_WORKERS=0 test       run the tests in one process
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+PYTEST_WORKERS ?= auto
 BENCH_ARGS ?=
 SERVE_ARGS ?= --models models/zoo
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# A worker for each core. Each starts servers of its own, hence a bound; tests of one file share
+# fixtures, and worksteal keeps them together.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(PYTEST_WORKERS) --maxprocesses 8 --dist worksteal
 
 # Stamps: what runs the product, and on top of it what tests and checks it.
 RUN := $(VENV)/.conveyor-run
@@ -26,10 +32,10 @@ demo: $(RUN) ## start a server, stream real input through real models, show what
 	$(BIN)/python -m bench.demo
 
 test: $(DEV) ## run the whole test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-unit: $(DEV) ## run the tests that start no server
-	$(BIN)/python -m pytest tests/unit tests/simulation tests/fidelity $(PYTEST_ARGS)
+	$(PYTEST) tests/unit tests/simulation tests/fidelity $(PYTEST_ARGS)
 
 check: $(DEV) ## lint, format, types, import contracts, contract, generated code, image, rules
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from conveyor_client import _client, _generation, _session
 from conveyor_client._calls import Metadata, Tls
 from conveyor_client._generation import GenerationEnd
-from conveyor_client._nouns import FloatArray, ModelInfo, Output, TraceMode
+from conveyor_client._nouns import FloatArray, ModelInfo, Output, Rows, TraceMode
 from conveyor_client._policy import Options
 from conveyor_client._portal import Portal, Reading, Twin, blocking, iterating
 from conveyor_client._trace import Trace
@@ -113,7 +113,7 @@ class Session(Twin):
 
     def stream(
         self,
-        inputs: Iterable[npt.ArrayLike],
+        inputs: Iterable[Rows],
         *,
         in_flight: int = 32,
         output: Output | None = None,
@@ -137,14 +137,14 @@ class Session(Twin):
             ConveyorError: As `step`; inputs after the failed one are not run.
         """
 
-        def start(item: npt.ArrayLike) -> Coroutine[Any, Any, FloatArray]:
+        def start(item: Rows) -> Coroutine[Any, Any, FloatArray]:
             return self._inner.step(item, output=output, timeout_seconds=timeout_seconds)
 
         yield from self._in_order(inputs, in_flight, start)
 
     def stream_with_trace(
         self,
-        inputs: Iterable[npt.ArrayLike],
+        inputs: Iterable[Rows],
         *,
         mode: TraceMode = "summary",
         in_flight: int = 32,
@@ -168,20 +168,20 @@ class Session(Twin):
             ConveyorError: As `step`; inputs after the failed one are not run.
         """
 
-        def start(item: npt.ArrayLike) -> Coroutine[Any, Any, tuple[FloatArray, Trace]]:
+        def start(item: Rows) -> Coroutine[Any, Any, tuple[FloatArray, Trace]]:
             return self._inner.step_with_trace(item, mode=mode, timeout_seconds=timeout_seconds)
 
         yield from self._in_order(inputs, in_flight, start)
 
     def _in_order(
         self,
-        inputs: Iterable[npt.ArrayLike],
+        inputs: Iterable[Rows],
         in_flight: int,
-        start: Callable[[npt.ArrayLike], Coroutine[Any, Any, _R]],
+        start: Callable[[Rows], Coroutine[Any, Any, _R]],
     ) -> Generator[_R]:
         sent: deque[Future[_R]] = deque()
         try:
-            for item in inputs:
+            for item in self._inner.items(inputs):
                 # Here, as the item after it may be under way before a coroutine could refuse it.
                 self._inner.check(item)
                 while sent and (len(sent) >= in_flight or sent[0].done()):
@@ -195,7 +195,7 @@ class Session(Twin):
 
     def generate(
         self,
-        prompt: npt.ArrayLike | None = None,
+        prompt: Rows | None = None,
         *,
         steps_max: int,
         temperature: float = 1.0,
@@ -337,7 +337,7 @@ class Client(Twin):
     def generate(
         self,
         model: str,
-        prompt: npt.ArrayLike,
+        prompt: Rows,
         *,
         steps_max: int,
         version: int = 0,

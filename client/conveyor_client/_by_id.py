@@ -17,6 +17,7 @@ from conveyor_client._nouns import (
     OpenedSession,
     OpenMode,
     Output,
+    Rows,
     SessionInfo,
     TraceMode,
     model_from_proto,
@@ -93,7 +94,7 @@ class ById:
     async def step(
         self,
         session_id: str,
-        inputs: npt.ArrayLike,
+        inputs: Rows,
         *,
         first_step: int,
         epoch: int = 0,

@@ -23,6 +23,7 @@ from conveyor_client._nouns import (
     ModelInfo,
     OpenMode,
     Output,
+    Rows,
     model_from_proto,
 )
 from conveyor_client._policy import Options
@@ -191,7 +192,7 @@ class Client(ById):
     async def generate(
         self,
         model: str,
-        prompt: npt.ArrayLike,
+        prompt: Rows,
         *,
         steps_max: int,
         version: int = 0,
@@ -246,7 +247,7 @@ class Client(ById):
     async def predict(
         self,
         model: str,
-        inputs: npt.ArrayLike,
+        inputs: Rows,
         *,
         version: int = 0,
         output: Output = "all",

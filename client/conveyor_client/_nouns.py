@@ -1,6 +1,6 @@
 """The nouns of the contract as plain, typed Python values."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -15,6 +15,10 @@ from conveyor_client._errors import TokenOutOfRange
 
 FloatArray = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
+Rows: TypeAlias = (
+    npt.ArrayLike | Mapping[str, npt.ArrayLike] | Sequence[Mapping[str, npt.ArrayLike]]
+)
+"""One step or a chunk: an array, a table whose columns are the model's labels, or mappings."""
 
 Output = Literal["all", "last", "none"]
 Durability = Literal["default", "none", "async", "sync"]

@@ -1,5 +1,8 @@
 """Arrays to packed rows and back. No element is ever touched in Python."""
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 import numpy as np
 import numpy.typing as npt
 
@@ -11,7 +14,8 @@ from conveyor_client._errors import (
     NonFiniteInput,
     TokenOutOfRange,
 )
-from conveyor_client._nouns import FloatArray, ModelInfo
+from conveyor_client._named import Named, has_named_items, is_table, listed, match, named
+from conveyor_client._nouns import FloatArray, ModelInfo, Rows
 
 _FLOAT32 = np.dtype("<f4")
 _INT32 = np.dtype("<i4")
@@ -23,19 +27,33 @@ class RowCodec:
     The rule of shapes: one step is a scalar for a model that takes tokens and a vector of
     `row_elements` features for any other; one dimension more is a chunk of K steps. What comes back
     has one row (`output_elements`,) for a step and (K, `output_elements`) for a chunk.
+
+    The rule of names: where inputs name their values (see `named`), the names are the model's
+    labels, each once and no other, in any order; for a model of tokens the one name is `token`. A
+    model without labels takes no names, since nothing could tell a wrong order.
     """
 
-    __slots__ = ("_dtype", "_row_elements", "_step_ndim", "output_elements", "row_bytes")
+    __slots__ = (
+        "_dtype",
+        "_labels",
+        "_model_name",
+        "_row_elements",
+        "_step_ndim",
+        "output_elements",
+        "row_bytes",
+    )
 
     def __init__(self, model: ModelInfo) -> None:
         tokens = model.input.is_tokens
+        self._model_name = model.name
+        self._labels = input_names(model)
         self._dtype = _INT32 if tokens else _FLOAT32
         self._step_ndim = 0 if tokens else 1
         self._row_elements = model.input.row_elements
         self.row_bytes = model.input.row_bytes
         self.output_elements = model.output.row_elements
 
-    def encode(self, inputs: npt.ArrayLike) -> tuple[bytes, int, bool]:
+    def encode(self, inputs: Rows) -> tuple[bytes, int, bool]:
         """Packs one step or one chunk.
 
         Args:
@@ -46,11 +64,11 @@ class RowCodec:
             The packed rows, their number, and whether it was a single step.
 
         Raises:
-            InvalidShape: Wrong number of dimensions, features or type.
+            InvalidShape: Wrong number of dimensions, features, type or names.
             TokenOutOfRange: A token does not fit 32 bits.
             EmptyChunk: There is no row.
         """
-        array = np.asarray(inputs)
+        array = self._array(inputs)
         if not array.size:
             raise EmptyChunk("there is no step in the chunk", reason="EMPTY_CHUNK")
         if array.dtype != self._dtype:
@@ -76,6 +94,90 @@ class RowCodec:
         array: FloatArray = np.frombuffer(rows, dtype=_FLOAT32).copy()
         return array if single else array.reshape(-1, self.output_elements)
 
+    def items(self, inputs: Any) -> Any:
+        """What a stream walks through: the rows of a table, anything else as it is.
+
+        Walking through a table itself gives names, or columns.
+
+        Raises:
+            InvalidShape: The table's names are not the model's.
+        """
+        if not is_table(inputs):
+            return inputs
+        array = self._array(inputs)
+        return array.reshape(1, *array.shape) if array.ndim == self._step_ndim else array
+
+    def _array(self, inputs: Rows) -> npt.NDArray[np.generic]:
+        """The inputs as one array, their values in the model's order."""
+        kind, tokens = type(inputs), self._step_ndim == 0
+        if kind is np.ndarray and cast("npt.NDArray[Any]", inputs).dtype.names is None:
+            return cast("npt.NDArray[Any]", inputs)
+        if kind is list or kind is tuple:
+            if not tokens and has_named_items(inputs):
+                inputs = [self._array(item) for item in cast("Sequence[Rows]", inputs)]
+        elif (is_table(inputs) or not tokens) and (found := named(inputs)) is not None:
+            return self._in_order(found)
+        _check_mask(inputs, "inputs")
+        try:
+            array = np.asarray(cast("npt.ArrayLike", inputs))
+        except ValueError as error:  # rows of different lengths
+            raise InvalidShape(
+                f"{self._model_name} takes rows of one length each, not a mixture",
+                reason="INVALID_SHAPE",
+            ) from error
+        # What only NumPy knows how to read may have had names all the same.
+        return array if array.dtype.names is None else self._array(array)
+
+    def _in_order(self, inputs: Named) -> npt.NDArray[np.generic]:
+        if not self._labels:
+            raise InvalidShape(
+                f"{self._model_name} has no labels for its inputs, so {inputs.noun}s named"
+                f" {listed(inputs.names)} cannot be matched: pass an array in the model's order, or"
+                " add labels to [input] of its model.toml",
+                reason="INVALID_SHAPE",
+            )
+        positions = self._positions(inputs)
+        columns = [self._column(inputs, position) for position in positions]
+        if len({column.shape for column in columns}) != 1:
+            lengths = listed(f"{column.shape}" for column in columns)
+            raise InvalidShape(
+                f"{inputs.noun}s of different lengths: {lengths}", reason="INVALID_SHAPE"
+            )
+        return columns[0] if self._step_ndim == 0 else np.stack(columns, axis=-1)
+
+    def _positions(self, inputs: Named) -> list[int]:
+        found = match(inputs.names, self._labels)
+        said: list[str] = []
+        if found.unknown:
+            said.append(f"unknown {inputs.noun}: {listed(found.unknown)}")
+        if found.missing:
+            said.append(f"missing {inputs.noun}: {listed(found.missing)}")
+        if found.duplicate:
+            said.append(f"duplicate {inputs.noun}: {listed(found.duplicate)}")
+        if said:
+            raise InvalidShape(
+                f"{'; '.join(said)}; {self._model_name} takes {listed(self._labels)}, in any order",
+                reason="INVALID_SHAPE",
+            )
+        return found.positions
+
+    def _column(self, inputs: Named, position: int) -> npt.NDArray[np.generic]:
+        """One number, or the numbers of one column; features as float32."""
+        name = str(inputs.names[position])
+        try:
+            column = np.asarray(cast("npt.ArrayLike", inputs.value(position)))
+        except (TypeError, ValueError) as error:
+            raise InvalidShape(
+                f"{inputs.noun} {name!r} cannot be read: {error}", reason="INVALID_SHAPE"
+            ) from error
+        if column.ndim > 1 or column.dtype.kind not in ("fiub" if self._step_ndim else "iu"):
+            what = "numbers" if self._step_ndim else "integers"
+            raise InvalidShape(
+                f"{inputs.noun} {name!r} does not hold {what}, one for each step",
+                reason="INVALID_SHAPE",
+            )
+        return self._convert(column) if column.dtype != self._dtype else column
+
     def _convert(self, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         if self._dtype is _FLOAT32:
             if array.dtype.kind not in "fiub":
@@ -100,6 +202,11 @@ class RowCodec:
         )
 
 
+def input_names(model: ModelInfo) -> tuple[str, ...]:
+    """What the values of a row are called: the labels, `token` where tokens are taken."""
+    return ("token",) if model.input.is_tokens else model.input.labels
+
+
 def pack_memory(memory: npt.ArrayLike) -> session_pb2.Memory:
     """Packs what a model attends over.
 
@@ -117,6 +224,12 @@ def pack_memory(memory: npt.ArrayLike) -> session_pb2.Memory:
         NonFiniteInput: It has a NaN or an infinity, or a number that float32 cannot hold.
     """
     try:
+        if is_table(memory):
+            raise _invalid_memory(
+                "the columns of a memory have no names to be matched by: pass an array in the"
+                " model's order"
+            )
+        _check_mask(memory, "memory")
         array = np.asarray(memory)
     except ValueError as error:  # rows of different lengths
         raise _invalid_memory(str(error)) from error
@@ -134,6 +247,14 @@ def pack_memory(memory: npt.ArrayLike) -> session_pb2.Memory:
             f"row {row} of the memory is not finite in float32", reason="NON_FINITE_INPUT"
         )
     return session_pb2.Memory(length=packed.shape[0], rows=packed.tobytes())
+
+
+def _check_mask(values: object, what: str) -> None:
+    """Refuses masked values: an array made of them would hold what the mask hides."""
+    if np.ma.is_masked(values):
+        raise NonFiniteInput(
+            f"there are masked values in the {what}; fill them first", reason="NON_FINITE_INPUT"
+        )
 
 
 def _invalid_memory(message: str) -> InvalidMemory:

@@ -4,16 +4,14 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from dataclasses import dataclass
 
-import numpy.typing as npt
-
 from conveyor.v1 import session_pb2
 from conveyor_client._attachment import Attachment
 from conveyor_client._chunk import Chunk
-from conveyor_client._nouns import OUTPUT_MODES, FloatArray, Output, TraceValue
+from conveyor_client._nouns import OUTPUT_MODES, FloatArray, Output, Rows, TraceValue
 from conveyor_client._rows import RowCodec
 from conveyor_client._trace import Trace, trace_from_pieces
 
-Inputs = AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike]
+Inputs = AsyncIterable[Rows] | Iterable[Rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +55,7 @@ class Sender:
 
     def send(
         self,
-        inputs: npt.ArrayLike,
+        inputs: Rows,
         mode: Output,
         timeout_seconds: float | None,
         *,
@@ -115,12 +113,13 @@ class Sender:
         Raises:
             ConveyorError: As `send` and `wait_for`; inputs after the failed one are not run.
         """
+        items: Inputs = self._attachment.require().codec.items(inputs)
         room = asyncio.Semaphore(max(1, in_flight))
         queue: asyncio.Queue[Sent | None] = asyncio.Queue()
 
         async def feed() -> None:
             try:
-                async for item in _each(inputs):
+                async for item in _each(items):
                     await room.acquire()
                     queue.put_nowait(self.send(item, mode, timeout_seconds, trace=trace))
             finally:
@@ -141,7 +140,7 @@ class Sender:
                     left.give_up()
 
 
-async def _each(items: Inputs) -> AsyncGenerator[npt.ArrayLike]:
+async def _each(items: Inputs) -> AsyncGenerator[Rows]:
     if isinstance(items, AsyncIterable):
         async for item in items:
             yield item

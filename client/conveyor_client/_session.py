@@ -6,8 +6,6 @@ from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-import numpy.typing as npt
-
 from conveyor.v1 import session_pb2
 from conveyor_client._attachment import Attachment
 from conveyor_client._errors import ConveyorError, DeadlineExceeded, NotOpen, SessionNotFound
@@ -17,6 +15,7 @@ from conveyor_client._nouns import (
     FloatArray,
     ModelInfo,
     Output,
+    Rows,
     SessionInfo,
     TraceMode,
 )
@@ -42,6 +41,9 @@ class Session:
     other steps on features of shape (D,) and takes a chunk as (K, D). A step returns float32 of
     shape (O,), a chunk (K, O); with output "last" a chunk returns its last row (O,), and with
     output "none" the result is empty.
+
+    Tables, structured arrays, series and dicts are matched by the model's labels, in any order of
+    names; an unknown, missing or duplicate name is `InvalidShape`.
     """
 
     def __init__(
@@ -194,7 +196,7 @@ class Session:
 
     async def step(
         self,
-        inputs: npt.ArrayLike,
+        inputs: Rows,
         *,
         output: Output | None = None,
         timeout_seconds: float | None = None,
@@ -227,7 +229,7 @@ class Session:
 
     async def stream(
         self,
-        inputs: AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike],
+        inputs: AsyncIterable[Rows] | Iterable[Rows],
         *,
         in_flight: int = 32,
         output: Output | None = None,
@@ -258,7 +260,7 @@ class Session:
 
     async def step_with_trace(
         self,
-        inputs: npt.ArrayLike,
+        inputs: Rows,
         *,
         mode: TraceMode = "summary",
         timeout_seconds: float | None = None,
@@ -284,7 +286,7 @@ class Session:
 
     async def stream_with_trace(
         self,
-        inputs: AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike],
+        inputs: AsyncIterable[Rows] | Iterable[Rows],
         *,
         mode: TraceMode = "summary",
         in_flight: int = 32,
@@ -315,7 +317,7 @@ class Session:
 
     def generate(
         self,
-        prompt: npt.ArrayLike | None = None,
+        prompt: Rows | None = None,
         *,
         steps_max: int,
         temperature: float = 1.0,
@@ -354,7 +356,7 @@ class Session:
             request.prompt, request.prompt_length, _ = codec.encode(prompt)
         return Generation(self._generate(request, timeout_seconds), codec)
 
-    def check(self, inputs: npt.ArrayLike) -> None:
+    def check(self, inputs: Rows) -> None:
         """Checks what can be checked of inputs without running them; from any thread.
 
         Args:
@@ -365,6 +367,18 @@ class Session:
             ConveyorError: The session is not open.
         """
         self._attachment.require().codec.encode(inputs)
+
+    def items(self, inputs: Iterable[Rows]) -> Iterable[Rows]:
+        """What `stream` walks through: the rows of a table, anything else as it is.
+
+        Args:
+            inputs: As `stream` takes them, unless they are an asynchronous iterator.
+
+        Raises:
+            InvalidInput: The table's names are not the model's.
+            ConveyorError: The session is not open.
+        """
+        return self._attachment.require().codec.items(inputs)
 
     # --- the whole of its state ------------------------------------------------------------------
 

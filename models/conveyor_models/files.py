@@ -41,7 +41,7 @@ def read_inside(
                 raise BundleFileError(
                     f"{found.st_size} bytes, expected at most {bytes_max}", path=path, key=name
                 )
-            data = file.read(bytes_max + 1)
+            data = file.read(found.st_size + 1)  # as much is set aside for it at once
     except OSError as error:
         raise BundleFileError(f"cannot be read: {error.strerror}", path=path, key=name) from error
     if len(data) != found.st_size:

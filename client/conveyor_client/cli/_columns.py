@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from conveyor_client._named import match
 from conveyor_client._nouns import ModelInfo
+from conveyor_client._rows import input_names
 from conveyor_client.cli._source import Line, RowsRefused
 
 Rows = npt.NDArray[np.float32] | npt.NDArray[np.int32]
@@ -84,25 +86,28 @@ def find_columns(first: Line, model: ModelInfo) -> Columns:
         RowsRefused: It is a header in which an input is missing or named twice.
     """
     names = [field.strip() for field in first.fields]
-    wanted = ["token"] if model.input.is_tokens else list(model.input.labels)
+    wanted = input_names(model)
     in_order = list(range(model.input.row_elements))
     numbers = sum(map(_is_number, names))
     named = bool(wanted) and set(wanted) <= set(names)
     if numbers == len(names) or (numbers and not named):
         return Columns(model, in_order, len(in_order), is_header=False)
-    if not wanted or len(names) == len(wanted) == 1:  # names say nothing, their number does
+    if not wanted or (model.input.is_tokens and len(names) == 1):
+        # The names say nothing, their number does.
         if len(names) != len(in_order):
             raise RowsRefused(
                 f"line {first.number}: {_count(len(names))}, expected {len(in_order)}"
             )
         return Columns(model, in_order, len(in_order), is_header=True)
-    if missing := [name for name in wanted if name not in names]:
+    found = match(names, wanted)  # other columns may stand beside them in a file
+    if found.missing:
         raise RowsRefused(
-            f"the header has no column {', '.join(missing)}; {model.name} takes {', '.join(wanted)}"
+            f"the header has no column {', '.join(found.missing)};"
+            f" {model.name} takes {', '.join(wanted)}"
         )
-    if twice := [name for name in wanted if names.count(name) > 1]:
-        raise RowsRefused(f"the header has column {', '.join(twice)} more than once")
-    return Columns(model, [names.index(name) for name in wanted], len(names), is_header=True)
+    if found.duplicate:
+        raise RowsRefused(f"the header has column {', '.join(found.duplicate)} more than once")
+    return Columns(model, found.positions, len(names), is_header=True)
 
 
 def _is_number(text: str) -> bool:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from conveyor_client._client import Client
 from conveyor_client._errors import ConveyorError
 from conveyor_client._nouns import FloatArray, ModelInfo
+from conveyor_client._rows import input_names
 from conveyor_client._session import Session
 from conveyor_client.cli._columns import Rows, find_columns
 from conveyor_client.cli._common import (
@@ -146,6 +147,9 @@ async def _chunks(lines: Source, model: ModelInfo, chunk_steps: int) -> AsyncGen
         return
     columns = find_columns(first[0], model)
     pending = [] if columns.is_header else first
+    if columns.is_header and not input_names(model):
+        names = ", ".join(first[0].fields)
+        say(f"{model.name} has no labels for its inputs: columns are taken in their order, {names}")
     while pending := pending + await lines.take(chunk_steps - len(pending)):
         yield columns.rows(pending)
         pending = []

@@ -32,7 +32,7 @@ def import_model(path: Path, options: ImportOptions = NO_OPTIONS) -> ImportedMod
     """Reads a model of another framework.
 
     Args:
-        path: .safetensors, .pt or .pth (PyTorch state dicts), .onnx, .keras or .h5 (Keras 3).
+        path: .safetensors, .pt or .pth (PyTorch state dicts), .onnx, .keras or .h5 (Keras 2, 3).
         options: what a state dict leaves open.
 
     Raises:

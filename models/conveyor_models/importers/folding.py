@@ -51,6 +51,8 @@ class Affine:
             UnsupportedModuleError: it does not read what `first` writes, or is too large.
         """
         _check_chain(first, self.name, self.input_size)
+        if self.weight.dim() == 2 and first.weight.dim() == 2:
+            _check_values(self.name, self.output_size * first.input_size)
         if self.weight.dim() == 2:
             weight = _times(self.weight, first.weight)
             bias = self.weight @ first.bias + self.bias

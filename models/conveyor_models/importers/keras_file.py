@@ -1,4 +1,4 @@
-"""Keras 3 files: a .keras archive, or an .h5 that holds the whole model.
+"""Files of Keras 3 and Keras 2: a .keras archive, or an .h5 that holds the whole model.
 
 Both hold the structure as JSON and the weights as HDF5, which are read without Keras: nothing in
 the file is ever called. HDF5 can point to other files and unpack to any size, so a weight has to be
@@ -17,37 +17,52 @@ from conveyor_models.importers.archive import checked_entries, unpacked
 from conveyor_models.importers.common import (
     FILE_BYTES_MAX,
     ImportedModel,
+    listed,
     read_file,
     reader_module,
 )
 from conveyor_models.importers.keras_layers import keras_model
 from conveyor_models.importers.keras_weights import ArchiveWeights, LegacyWeights
 
-CONFIG_BYTES_MAX: Final = 16 * 1024 * 1024
+CONFIG_BYTES_MAX: Final = 4 * 1024 * 1024
+"""Of the structure: a layer takes two to four thousand bytes."""
 ENTRIES_MAX: Final = 64
+UNPACKED_TIMES_MAX: Final = 8
+"""What an archive unpacks to, in sizes of the archive: Keras does not compress its weights."""
+UNPACKED_SLACK_BYTES: Final = 64 * 1024 * 1024
+"""What any archive may unpack to beyond that."""
 
 
 def import_keras(path: Path) -> ImportedModel:
-    """The recurrent network that a Keras 3 model is."""
+    """The recurrent network that a Keras model is.
+
+    Raises:
+        BundleFileError: the file is missing, not a regular file, or too large.
+        ImportFileError: it is damaged, holds weights alone, or is of another version.
+        ImporterMissingError: h5py is not installed.
+        UnsupportedModuleError: it has something that a bundle cannot express.
+    """
     h5py = reader_module("h5py")
     data = read_file(path)
     if path.suffix.lower() == ".keras":
-        with checked_entries(path, data, ENTRIES_MAX, FILE_BYTES_MAX) as archive:
+        bytes_max = min(FILE_BYTES_MAX, UNPACKED_TIMES_MAX * len(data) + UNPACKED_SLACK_BYTES)
+        with checked_entries(path, data, ENTRIES_MAX, bytes_max) as archive:
             metadata = _json(path, unpacked(path, archive, "metadata.json", CONFIG_BYTES_MAX))
             config = _json(path, unpacked(path, archive, "config.json", CONFIG_BYTES_MAX))
-            weights = unpacked(path, archive, "model.weights.h5", FILE_BYTES_MAX)
-        _check_version(path, metadata.get("keras_version"))
+            version = _version(path, metadata.get("keras_version"))
+            weights = unpacked(path, archive, "model.weights.h5", bytes_max)
     else:
-        config, weights = None, data
+        config, version, weights = None, 0, data
     try:
         with h5py.File(io.BytesIO(weights), "r") as file:
             if config is not None:
-                return keras_model(config, ArchiveWeights(h5py, file))
-            _check_version(path, _text(file.attrs.get("keras_version")))
+                return keras_model(config, ArchiveWeights(h5py, file, len(weights)), version)
             text = _text(file.attrs.get("model_config"))
             if text is None or "model_weights" not in file:
-                raise ImportFileError("holds no whole model; save it with model.save()", path=path)
-            return keras_model(_json(path, text.encode()), LegacyWeights(h5py, file))
+                raise _no_structure(path, file)
+            version = _version(path, _text(file.attrs.get("keras_version")))
+            legacy = LegacyWeights(h5py, file, len(weights))
+            return keras_model(_json(path, text.encode()), legacy, version)
     except BundleError:
         raise
     except Exception as error:  # whatever HDF5 stumbles over, the file is at fault
@@ -56,7 +71,9 @@ def import_keras(path: Path) -> ImportedModel:
 
 def _json(path: Path, data: bytes) -> dict[str, Any]:
     if len(data) > CONFIG_BYTES_MAX:
-        raise ImportFileError(f"structure of {len(data)} bytes", path=path)
+        raise ImportFileError(
+            f"structure of {len(data)} bytes, expected at most {CONFIG_BYTES_MAX}", path=path
+        )
     try:
         parsed: object = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -72,9 +89,27 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _check_version(path: Path, version: object) -> None:
-    # Keras 2 has another hard_sigmoid under the same name.
-    if not isinstance(version, str) or not version.startswith("3."):
+def _version(path: Path, given: object) -> int:
+    """The major version of Keras."""
+    text = given if isinstance(given, str) else "of an unknown version"
+    major = text.partition(".")[0]
+    if major not in ("2", "3"):
         raise ImportFileError(
-            f"written by Keras {version}, expected 3; load and save it with Keras 3", path=path
+            f"written by Keras {text[:40]}, expected 2 or 3; load and save it with Keras 3",
+            path=path,
         )
+    return int(major)
+
+
+def _no_structure(path: Path, file: Any) -> ImportFileError:
+    """For weights alone: activations, directions and what lies between layers are not in them."""
+    layers = file.get("layers", file.get("_layer_checkpoint_dependencies"))
+    names = [str(name) for name in (file if layers is None else layers) if name != "vars"]
+    if layers is None and "layer_names" not in file.attrs:
+        return ImportFileError("holds no Keras model", path=path)
+    return ImportFileError(
+        f"holds the weights of a Keras model ({listed(names)}) and not its structure: activations,"
+        " directions and the order of layers are not in it; build the model, call"
+        f" model.load_weights({path.name!r}) and model.save('model.keras'), and import that",
+        path=path,
+    )

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from conveyor.v1 import model_pb2
 from conveyor_client.cli._app import app
+from tests.unit.client.fake.models import COUNTER
 from tests.unit.client.fake.refusals import Refusal
 from tests.unit.client.fake.server import FakeServer
 from tests.unit.client.fake.sessions import State
@@ -61,6 +63,33 @@ def test_the_first_line_that_is_no_row_is_named(
 ) -> None:
     assert run_rows(model, stdin=stdin, status=1).stderr == f"error: {message}\n"
     assert not threaded_server.world.sessions
+
+
+def test_columns_without_labels_to_match_are_told(run_rows, threaded_server: FakeServer) -> None:
+    model = model_pb2.Model()
+    model.CopyFrom(COUNTER)
+    model.name = "plain"
+    del model.signature.input.labels[:]
+    threaded_server.models.append(model)
+    result = run_rows("plain", stdin="right,left\n1,2\n")
+    assert result.stdout == OUTPUT + "1,2\n"
+    assert result.stderr == (
+        "plain has no labels for its inputs: columns are taken in their order, right, left\n"
+    )
+    assert run_rows("plain", stdin="1,2\n").stderr == ""
+
+
+def test_the_one_column_of_a_model_of_one_feature_has_its_name(
+    run_rows, threaded_server: FakeServer
+) -> None:
+    model = model_pb2.Model()
+    model.CopyFrom(COUNTER)
+    model.name = "single"
+    del model.signature.input.labels[1:]
+    model.signature.input.row_elements, model.signature.input.row_bytes = 1, 4
+    threaded_server.models.append(model)
+    said = run_rows("single", stdin="right\n1\n", status=1).stderr
+    assert said == "error: the header has no column left; single takes left\n"
 
 
 @pytest.mark.parametrize("suffix", [b"", b"\r"])

@@ -85,3 +85,10 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     huge = folding.scale("scale", torch.full((3,), 1e38), torch.zeros(3))
     with pytest.raises(UnsupportedModuleError, match="NaN or an infinity"):
         folding.into_layer(huge, folding.into_layer(huge, layer(3)))
+
+
+def test_two_small_maps_whose_product_is_huge_are_refused() -> None:
+    narrow = folding.linear("narrow", torch.zeros(1, 2**16), None)
+    wide = folding.linear("wide", torch.zeros(2**16, 1), None)
+    with pytest.raises(UnsupportedModuleError, match="wide: folds to 4294967296 values"):
+        folding.chained([narrow, wide])
