@@ -31,6 +31,9 @@ CUT_SECONDS_MAX: Final = 2.0
 STREAMS_PER_CALL: Final = 8
 """Streams that the transport takes on a connection for each call that we let in."""
 PENDING_CALLS_MIN: Final = 8_192
+"""Calls of one method that may wait for us, however few are let in at once."""
+UNREAD_BYTES_MAX: Final = 256 * 2**10
+"""What the transport takes of a stream ahead of our reading it."""
 
 _FRAME_BYTES = 64 * 2**10
 _ENTRY_BYTES = 32
@@ -176,6 +179,10 @@ def transport_options(limits: LimitsConfig) -> list[tuple[str, int]]:
         ("grpc.max_allowed_incoming_connections", limits.connections_max),
         ("grpc.max_connection_idle_ms", int(1000 * limits.connection_idle_seconds_max)),
         ("grpc.server_handshake_timeout_ms", int(1000 * limits.connection_handshake_seconds_max)),
+        # What a client may send of a call before it is read for. gRPC would let this grow with the
+        # speed of the link, to megabytes of every call that is going to be refused.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", UNREAD_BYTES_MAX),
         # Two servers on one port would each hold half of the sessions.
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", 30_000),
