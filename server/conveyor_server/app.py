@@ -1,6 +1,7 @@
 """The only place that wires objects: it starts, drains and stops the server in order."""
 
 import asyncio
+import ctypes
 import gc
 import json
 import logging
@@ -42,6 +43,9 @@ GIL_SWITCH_SECONDS: Final = 0.0005
 
 The default of 5 ms would be felt between the event loop and the engine's thread.
 """
+M_ARENA_MAX: Final = -8
+"""The number of that parameter in glibc's malloc.h."""
+MALLOC_ARENAS_MAX: Final = 2
 SERVER_LIMITS: Final = (
     "sessions_max",
     "streams_max",
@@ -116,6 +120,7 @@ class App:
             ServerBroken: It stopped by a mistake of its own.
         """
         sys.setswitchinterval(GIL_SWITCH_SECONDS)
+        _few_malloc_arenas()
         self._clear_ready_file()
         server = GrpcServer(
             Services(
@@ -324,6 +329,17 @@ def _with_connections_that_fit(config: Config) -> Config:
 
 def _partial(file: Path) -> Path:
     return file.with_name(file.name + ".partial")
+
+
+def _few_malloc_arenas() -> None:
+    """Lets gRPC's threads share the C library's memory.
+
+    As a rule glibc has eight arenas for each processor, and each keeps the largest messages that
+    its threads once held.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc and musl have it, and the latter ignores it
+        mallopt(M_ARENA_MAX, MALLOC_ARENAS_MAX)
 
 
 def _quiet_garbage_collector() -> None:
