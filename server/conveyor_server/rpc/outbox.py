@@ -49,7 +49,7 @@ async def first_of(outbox: "Outbox", seconds_max: float, *tasks: "asyncio.Task[N
             return
         if blocked and outbox.blocked and outbox.frames_written == written:
             raise SlowReader(
-                "the client does not read its results",
+                f"the client read no results for {seconds_max:g} s",
                 limit="limits.slow_reader_seconds_max",
                 maximum=seconds_max,
             )
