@@ -120,6 +120,10 @@ class Metrics(Collector):
         self.log_lines_dropped = Counter(
             "conveyor_log_lines_dropped", "Log lines that standard error did not take."
         )
+        self.descriptors_exhausted = Counter(
+            "conveyor_descriptors_exhausted",
+            "Looks, one a second, that found no file descriptor left.",
+        )
         # From 0 on: to Prometheus a series that begins with 1 has not grown.
         for reason in reasons():
             self.rejected.add(0, reason)
