@@ -185,6 +185,18 @@ def many_constants(folder: Path, outside: Path) -> Path:
     return _onnx(folder / "model.onnx", nodes, "y", constants)
 
 
+def long_slice(folder: Path, outside: Path) -> Path:
+    """All of 2**40 steps but the first."""
+    ranges = {"starts": [1], "ends": [2**40], "axes": [0]}
+    constants = [numpy_helper.from_array(np.array(v, np.int64), k) for k, v in ranges.items()]
+    nodes = [helper.make_node("Slice", ["x", *ranges], ["y"])]
+    file = _onnx(folder / "model.onnx", nodes, "y", constants)
+    model = onnx.load(file)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2**40
+    onnx.save(model, file)
+    return file
+
+
 def _kept_in(folder: Path, location: str) -> Path:
     """Weights of an LSTM in another file."""
     shapes = {"W": (1, 20, 3), "R": (1, 20, 5)}
@@ -410,6 +422,7 @@ IMPORTS: Final[dict[str, tuple[Write, str]]] = {
     "tensor of 4 TiB": (huge_tensor, f"at most {WEIGHT_VALUES_MAX}"),
     "constant doubled 40 times": (doubled, "expected at most 4 for each that the file holds"),
     "100,000 constants": (many_constants, "expected at most 32768"),
+    "slice of 2**40 steps": (long_slice, "expected an output of rows"),
     "weights at ../": (beside_and_up, "outside the model's folder"),
     "weights at /": (absolute, "outside the model's folder"),
     "weights through a link": (through_a_link, "leaves"),

@@ -27,13 +27,13 @@ def onnx_graph(data: bytes, size_max: int, seed: int, other: Mutate) -> bytes:
     model = onnx.ModelProto()
     try:
         model.ParseFromString(data)
-    except Exception:  # noqa: BLE001 - of protobuf
+        if not model.graph.node or dice.random() < 0.1:
+            return other(data, size_max)
+        for _ in range(dice.randint(1, CHANGES_MAX)):
+            _change_graph(model.graph, dice)
+        changed = model.SerializeToString()
+    except Exception:  # noqa: BLE001 - of protobuf, where a name is not UTF-8 for instance
         return other(data, size_max)
-    if not model.graph.node or dice.random() < 0.1:
-        return other(data, size_max)
-    for _ in range(dice.randint(1, CHANGES_MAX)):
-        _change_graph(model.graph, dice)
-    changed = model.SerializeToString()
     return changed if len(changed) <= size_max else data
 
 
@@ -108,7 +108,7 @@ def json_tree(data: bytes, size_max: int, seed: int, other: Mutate) -> bytes:
         tree = json.loads(data)
     except (ValueError, RecursionError):
         return other(data, size_max)
-    if dice.random() < 0.1:
+    if not isinstance(tree, dict | list) or dice.random() < 0.1:
         return other(data, size_max)
     for _ in range(dice.randint(1, CHANGES_MAX)):
         places = list(_places(tree))

@@ -224,9 +224,7 @@ TARGETS: Final[dict[str, Target]] = {
     "bundle": Target(bundle, seeds.bundles),
     "onnx": Target(_inside(Path.write_bytes, ".onnx"), seeds.onnx_files, mutate.onnx_graph),
     "pt": Target(_inside(Path.write_bytes, ".pt"), seeds.torch_files),
-    "safetensors": Target(
-        _inside(Path.write_bytes, ".safetensors"), seeds.safetensors_files, "conveyor_models"
-    ),
+    "safetensors": Target(_inside(Path.write_bytes, ".safetensors"), seeds.safetensors_files),
     "keras": Target(_inside(Path.write_bytes, ".keras"), seeds.keras_files),
     "pickle": Target(_inside(_pickle, ".pt"), seeds.pickles),
     "keras-structure": Target(

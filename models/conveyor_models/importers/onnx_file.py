@@ -56,7 +56,14 @@ def import_onnx(path: Path) -> ImportedModel:
         return Graph(onnx, graph, opset, constants, model.producer_name).model()
     except BundleError:
         raise
-    except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
+    except (
+        ArithmeticError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         # A graph that contradicts itself; ONNX's own checker would not find all of these either.
         raise ImportFileError(f"its graph does not hold together: {error}", path=path) from error
 
