@@ -222,7 +222,8 @@ class App:
         except OSError as error:
             why = os_error_text(error)
             raise AddressError(
-                f"listen.metrics_address: cannot listen on {listen}: {why}"
+                f"listen.metrics_address: cannot listen on {listen}: {why}; choose another"
+                " address with --metrics"
             ) from error
 
     def _clear_ready_file(self) -> None:

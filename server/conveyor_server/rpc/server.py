@@ -124,7 +124,10 @@ class GrpcServer:
                 port = self._server.add_secure_port(listen.address, self._credentials)
         except RuntimeError as error:
             why = _bind_problem(listen.address)
-            message = f"listen.address: cannot listen on {listen.address}: {why}"
+            message = (
+                f"listen.address: cannot listen on {listen.address}: {why}; choose another"
+                " address with --listen"
+            )
             raise AddressError(message) from error
         await self._server.start()
         self._started = True
