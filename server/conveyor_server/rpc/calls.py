@@ -25,9 +25,10 @@ from grpc import aio
 from conveyor_server.clock import Clock
 from conveyor_server.errors import ConveyorError, Internal, InvalidField
 from conveyor_server.metrics import Metrics
-from conveyor_server.rpc.access import Authenticator, act_for, check_size, size_of
+from conveyor_server.rpc.access import Authenticator, act_for, check_size, principal, size_of
 from conveyor_server.rpc.bounds import CallBounds
 from conveyor_server.rpc.receiving import Receiver
+from conveyor_server.rpc.results import ResultsBudget
 from conveyor_server.rpc.status import abort, code_of
 
 if TYPE_CHECKING:  # it needs an extra
@@ -57,6 +58,7 @@ class CallInterceptor(aio.ServerInterceptor):
         authenticator: Authenticator,
         bounds: CallBounds,
         receiver: Receiver,
+        results: ResultsBudget,
         metrics: Metrics,
         clock: Clock,
         metadata_bytes_max: int,
@@ -66,6 +68,7 @@ class CallInterceptor(aio.ServerInterceptor):
         self.authenticator = authenticator
         self.bounds = bounds
         self.receiver = receiver
+        self.results = results
         self.metrics = metrics
         self.clock = clock
         self.metadata_bytes_max = metadata_bytes_max
@@ -199,7 +202,11 @@ class _Method:
         self._door.metrics.grpc_received.add(1, *self._labels)
         try:
             response = await self._inner(self._parse(received.take()), context)
-            return self._serialize(response) if self._unary_response else None
+            if not self._unary_response:
+                return None
+            data = self._serialize(response)
+            self._door.results.count_response(principal(), len(data))
+            return data
         finally:
             received.release()
 

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 
 from conveyor.v1 import session_pb2, session_pb2_grpc
-from conveyor_server.admission.admission import Binding, Entry
+from conveyor_server.admission.admission import Binding, Entry, result_bytes
 from conveyor_server.admission.fields import check_session_id, page_size
 from conveyor_server.core import SessionView
 from conveyor_server.errors import InvalidField, NotSupported, SessionSuperseded
@@ -58,7 +58,9 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         now = self._services.clock.monotonic()
         remaining = _remaining_seconds(context)
         deadline = None if remaining is None else now + remaining
-        self._driver.submit(self._admission.chunk(entry, request.rows, now, deadline))
+        chunk = self._admission.chunk(entry, request.rows, now, deadline)
+        self._services.results.count_for_call(caller, result_bytes(chunk))
+        self._driver.submit(chunk)
         answer = await waiter.wait()
         return session_pb2.StepResponse(
             first_step=request.first_step,
@@ -161,6 +163,8 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         """See the contract."""
         check_session_id(request.session_id)
         caller = principal()
+        view = self._driver.peek(caller, request.session_id)
+        self._services.results.count_for_call(caller, view.state_bytes)
         exported: tuple[SessionView, bytes] = await self._driver.call_after_queue(
             lambda operations, future: operations.export(caller, request.session_id, future)
         )

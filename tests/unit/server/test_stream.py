@@ -18,6 +18,7 @@ from conveyor_server.core import Chunk, Piece
 from conveyor_server.errors import SlowReader, StepGap
 from conveyor_server.metrics import Metrics
 from conveyor_server.rpc.outbox import Outbox
+from conveyor_server.rpc.results import ResultsBudget
 from conveyor_server.rpc.service import Services
 from conveyor_server.rpc.stream import OPERATIONS_MAX, StepStream
 from conveyor_server.rpc.streams import Streams
@@ -76,7 +77,7 @@ class _Driver:
 class _Call:
     """A stream under way."""
 
-    def __init__(self, **limits: Any) -> None:
+    def __init__(self, results: ResultsBudget | None = None, **limits: Any) -> None:
         self.limits = LimitsConfig(**limits)
         rig = Rig(limits=self.limits)
         self.context = _Context()
@@ -90,6 +91,7 @@ class _Call:
             self.metrics,
             FakeClock(),
             "cpu",
+            results or ResultsBudget(self.limits),
         )
         self.stream = StepStream(
             services, "ann", cast(Any, self.context), Streams(self.limits.streams_max)
@@ -131,6 +133,7 @@ class _Call:
             first = chunk.first_step + number * length
             rows = bytes(result_bytes(chunk) // pieces)
             final = number == pieces - 1
+            chunk.done += length
             self.stream.piece(chunk, Piece(first, length, rows, length, final))
         await settle()
 
@@ -331,11 +334,12 @@ async def test_what_cannot_be_converted_ends_its_stream_and_no_tick() -> None:
 
 
 async def test_pieces_without_rows_count() -> None:
-    outbox, context = Outbox(Metrics(), 2**20), _Context()
+    account = ResultsBudget(LimitsConfig()).account("ann", lambda: None)
+    outbox, context = Outbox(Metrics(), 2**20, account), _Context()
     for step in range(40_000):
         outbox.put_piece(1, Piece(step + 1, 1, b"", 0, final=True))
-    assert outbox.size_bytes >= 40_000 * 50  # about what they take on the wire and more than that
+    assert account.size_bytes >= 40_000 * 50  # about what they take on the wire and more than that
     await outbox.flush(cast(Any, context))
-    assert outbox.size_bytes == 0
+    assert account.size_bytes == 0
     assert max(frame.ByteSize() for frame in context.written) <= 2**20
     assert sum(len(frame.results.entries) for frame in context.written) == 40_000

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conveyor_server.core import OpenMode
-from conveyor_server.errors import InvalidToken, SessionExpired, ServerRestarted
+from conveyor_server.errors import InvalidToken, ServerRestarted, SessionExpired
 from conveyor_server.sessions.tokens import check_token, make_token
 from tests.support.rig import Rig
 
