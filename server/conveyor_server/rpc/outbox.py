@@ -81,6 +81,8 @@ class Outbox:
         self._metrics = metrics
         self._frame_bytes_written = 0
         self._in_flight_bytes = 0
+        self._writer: asyncio.Task[None] | None = None
+        self._closed = False
         self._method = method
         self._frame_bytes = min(FRAME_BYTES_TARGET, frame_bytes_max)
         self._items: deque[tuple[int, Piece | MakeFrame]] = deque()
@@ -130,10 +132,19 @@ class Outbox:
             self._changed.clear()
             await self._changed.wait()
 
-    def close(self) -> None:
-        """The stream is over: nothing is kept, and nothing more is owed."""
+    async def close(self, *tasks: "asyncio.Task[None]") -> None:
+        """The stream is over: its tasks end, nothing is kept, and nothing more is owed.
+
+        A task that is writing goes on until the client takes the frame or its connection ends: if
+        it were cancelled, gRPC would keep the frame for ever. Until then the frame counts.
+        """
+        self._closed = True
+        ending = [task for task in tasks if task is not self._writer]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
         self._items.clear()
-        self.account.close()
+        self.account.close(self._in_flight_bytes)
 
     def finish(self) -> None:
         """Lets the writer write what is there, then end."""
@@ -162,13 +173,7 @@ class Outbox:
         begun = self.frames_written
         try:
             while self and (frames_max is None or self.frames_written - begun < frames_max):
-                frame = self._next_frame()
-                frame_bytes = self._frame_bytes_written
-                self._in_flight_bytes = _WRITE_COPIES * frame_bytes
-                self.account.add(self._in_flight_bytes - frame_bytes)
-                await context.write(frame)
-                self.account.add(-self._in_flight_bytes)
-                self._in_flight_bytes = 0
+                await self._write(context, self._next_frame())
                 self._metrics.grpc_sent.add(1, *self._method)
                 self.frames_written += 1
                 self._changed.set()
@@ -176,6 +181,23 @@ class Outbox:
             self._writing = False
         if self:
             self._wake_writer()
+
+    async def _write(self, context: Context, frame: Message) -> None:
+        frame_bytes, self._frame_bytes_written = self._frame_bytes_written, 0
+        self._in_flight_bytes = _WRITE_COPIES * frame_bytes
+        self.account.add(self._in_flight_bytes - frame_bytes)
+        self._writer = asyncio.current_task()
+        try:
+            await context.write(frame)
+        except Exception:
+            if self._closed:  # nobody waits for it any more
+                raise asyncio.CancelledError from None
+            raise
+        finally:
+            self.account.add(-self._in_flight_bytes)
+            self._in_flight_bytes, self._writer = 0, None
+        if self._closed:
+            raise asyncio.CancelledError
 
     def _wake_writer(self) -> None:
         if self.held or self._writing or self._wake is None or self._wake.done():

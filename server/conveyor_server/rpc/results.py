@@ -20,8 +20,6 @@ STREAM_FREE_BYTES: Final = 64 * 2**10
 """What each stream may owe without regard to what others owe."""
 CALL_FREE_BYTES: Final = 4 * 2**10
 """The same for a unary call."""
-WINDOW_BYTES: Final = 64 * 2**10
-"""What the transport sends before a client has read anything."""
 TRIM_BYTES: Final = 64 * 2**20
 """Once so many bytes were counted and half of them are gone, free memory is given back."""
 
@@ -39,7 +37,6 @@ class ResultsBudget:
         """`trim` gives free memory back to the system; by default the C library does."""
         self._total_max = limits.results_total_bytes_max
         self._principal_max = limits.principal_results_bytes_max
-        self._seconds_max = limits.slow_reader_seconds_max
         self._of: Counter[str] = Counter()
         self._waiting: dict[str, OrderedDict[Account, int]] = {}
         self._trim = _trim_on_a_thread if trim is None else trim
@@ -70,10 +67,7 @@ class ResultsBudget:
         _keep_until_done(account)
 
     def count_response(self, principal: str, size: int) -> None:
-        """Counts the response of the running task's unary call, room or not, until it is sent.
-
-        A client has as long to take each MiB of it as a stream's client has for a frame.
-        """
+        """Counts the response of the running task's unary call, room or not, until it is sent."""
         account = _account.get()
         if account is None:
             if size <= CALL_FREE_BYTES:
@@ -81,8 +75,6 @@ class ResultsBudget:
             account = Account(self, principal, lambda: None, CALL_FREE_BYTES)
         account.add(max(0, size - account.size_bytes))
         _keep_until_done(account)
-        if size > WINDOW_BYTES:
-            _end_unless_sent(self._seconds_max * (1 + size // 2**20))
 
     def fits(self, account: "Account", wanted: int) -> bool:
         """Whether an account may owe so many bytes more."""
@@ -181,7 +173,7 @@ class Account:
     def add(self, change: int) -> None:
         """So much more is owed, or less if it is negative."""
         if self._closed:
-            return
+            change = max(min(change, 0), -self.size_bytes)
         charged = self.size_bytes - self._free_bytes
         self.size_bytes += change
         charged_now = self.size_bytes - self._free_bytes
@@ -189,21 +181,35 @@ class Account:
             self._budget.charge(self.principal, max(0, charged_now) - max(0, charged))
 
     def room_for(self, wanted: int) -> bool:
-        """Whether so much more may be owed; after False `wake` is called once it may."""
-        if self.charge_of(wanted) == 0 or self._budget.fits(self, wanted):
-            self._budget.wait_no_more(self)
+        """Whether so much more may be owed; after False `wake` is called once it may.
+
+        The place in the queue is kept until `take` or `wait_no_more`.
+        """
+        if self._budget.fits(self, wanted):
             return True
         self._budget.wait(self, wanted)
         return False
+
+    def take(self, wanted: int) -> None:
+        """So much more is owed, for which there was room; if it was waited for, no more."""
+        self.add(wanted)
+        self._budget.wait_no_more(self)
+
+    def wait_no_more(self) -> None:
+        """What room was waited for is not wanted any more."""
+        self._budget.wait_no_more(self)
 
     def charge_of(self, wanted: int) -> int:
         """What so much more would count as."""
         charged = self.size_bytes - self._free_bytes
         return max(0, charged + wanted) - max(0, charged)
 
-    def close(self) -> None:
-        """Nothing is owed any more, whatever still comes."""
-        self.add(-self.size_bytes)
+    def close(self, written_bytes: int = 0) -> None:
+        """Nothing more is owed, whatever still comes.
+
+        What is being written counts until `add` takes it off.
+        """
+        self.add(written_bytes - self.size_bytes)
         self._closed = True
         self._budget.wait_no_more(self)
 
@@ -216,14 +222,6 @@ def _keep_until_done(account: Account) -> None:
     task = asyncio.current_task()
     assert task is not None
     task.add_done_callback(lambda _: account.close())
-
-
-def _end_unless_sent(seconds: float) -> None:
-    """Resets the running task's call if it is still there after so long."""
-    task = asyncio.current_task()
-    assert task is not None
-    timer = asyncio.get_running_loop().call_later(seconds, task.cancel)
-    task.add_done_callback(lambda _: timer.cancel())
 
 
 def _trim_on_a_thread() -> None:

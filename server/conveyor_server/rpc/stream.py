@@ -83,10 +83,7 @@ class StepStream:
             writer.result()
         finally:
             self._gone = True
-            for task in (reader, writer):
-                task.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
-            self._outbox.close()
+            await self._outbox.close(reader, writer)
             self._admitted.clear()
             self._services.driver.post(self._detach_all)
 
@@ -204,11 +201,12 @@ class StepStream:
                 if not self._room_for(wanted):
                     return
                 submit(chunk)
-                self._account.add(wanted)
+                self._account.take(wanted)
                 self._pending += 1
             except ConveyorError as error:
                 self._fail(error, handle=entry.binding.handle, first_step=entry.first_step)
             admitted.popleft()
+        self._account.wait_no_more()
 
     def _entries(self, items: Iterable[session_pb2.StepsEntry]) -> list[Entry]:
         bindings, closed = self._bindings, self._closed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -343,3 +343,38 @@ async def test_pieces_without_rows_count() -> None:
     assert account.size_bytes == 0
     assert max(frame.ByteSize() for frame in context.written) <= 2**20
     assert sum(len(frame.results.entries) for frame in context.written) == 40_000
+
+
+async def test_streams_of_one_principal_wait_for_room_in_order() -> None:
+    """What one stream's client leaves unread keeps others waiting until it goes."""
+    limits = {
+        "result_bytes_max": 200_000,
+        "principal_results_bytes_max": 200_000,
+        "outbox_bytes_max": 200_000,
+    }
+    results = ResultsBudget(LimitsConfig(**limits))
+    steps = 16_000
+    calls = [_Call(results, **limits) for _ in range(3)]
+    async with AsyncExitStack() as stack:
+        tasks = [await stack.enter_async_context(_served(call)) for call in calls]
+        handles = [await call.open("s") for call in calls]
+        for call, handle in zip(calls, handles, strict=True):
+            await call.steps((handle, 1, steps))
+        assert [len(call.driver.chunks) for call in calls] == [1, 0, 0]
+        await calls[2].steps((handles[2], 1, 1))
+        assert not calls[2].driver.chunks, "it is not read while it waits"
+        calls[0].context.reads.clear()
+        await calls[0].answer(calls[0].driver.chunks[0])
+        assert [len(call.driver.chunks) for call in calls] == [1, 0, 0]
+        tasks[0].cancel()
+        await settle()
+        assert tasks[0].done()
+        assert not calls[1].driver.chunks, "a frame that is being written counts"
+        calls[0].context.reads.set()
+        await settle()
+        assert [len(call.driver.chunks) for call in calls] == [1, 1, 0]
+        await calls[1].answer(calls[1].driver.chunks[0])
+        assert [len(call.driver.chunks) for call in calls] == [1, 1, 2]
+        await calls[2].answer(calls[2].driver.chunks[0])
+        await calls[2].answer(calls[2].driver.chunks[1])
+        assert results.size_bytes == 0

@@ -69,7 +69,7 @@ class Answers(Outbox):
     def expect(self, request: Request, wanted_bytes: int) -> None:
         """Adds a request to be answered when its turn comes."""
         self._requests.append((request, wanted_bytes))
-        self.account.add(wanted_bytes)
+        self.account.take(wanted_bytes)
         self.done(request)
 
     def done(self, request: Request) -> None:
@@ -147,10 +147,7 @@ class InferStream:
                 stopped.result()
             writer.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            answers.account.close()
+            await answers.close(*tasks)
             if unanswered := answers.unanswered:
                 self._sequences.drop(unanswered)
 
