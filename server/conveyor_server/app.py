@@ -21,6 +21,7 @@ from conveyor_server.admission.admission import Admission
 from conveyor_server.clock import SystemClock
 from conveyor_server.config import Config, TracingConfig
 from conveyor_server.core import SessionState, Tier
+from conveyor_server.descriptors import DescriptorWatch, connections_that_fit, raise_limit
 from conveyor_server.engine.engine import TorchEngine, choose_device
 from conveyor_server.metrics import Labels, Metrics
 from conveyor_server.reload import Reloader
@@ -73,7 +74,7 @@ class App:
             DeviceError: The configured device is not there.
             StartError: Calls are to be traced and the extra for it is not installed.
         """
-        self._config = config
+        self._config = config = _with_connections_that_fit(config)
         self._tracing = _tracing(config.tracing)
         self._clock = SystemClock()
         self._metrics = Metrics()
@@ -147,7 +148,10 @@ class App:
         _quiet_garbage_collector()
         address = await server.start(self._config.listen)
         self._announce(address, metrics_address)
+        descriptors = DescriptorWatch(self._metrics.descriptors_exhausted)
+        descriptors.start()
         await self._stop_asked.wait()
+        descriptors.stop()
         reloader.stop()
         await self._stop(server)
         if metrics_server is not None:
@@ -320,6 +324,12 @@ def _tracing(config: TracingConfig) -> "Tracing | None":
             f"tracing.endpoint needs `pip install 'conveyor[otel]'`: {error.name} is not installed"
         ) from error
     return Tracing(config)
+
+
+def _with_connections_that_fit(config: Config) -> Config:
+    connections_max = connections_that_fit(config.limits.connections_max, raise_limit())
+    limits = config.limits.model_copy(update={"connections_max": connections_max})
+    return config.model_copy(update={"limits": limits})
 
 
 def _partial(file: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import socket
 import struct
 import time
@@ -15,8 +16,6 @@ import grpc
 import h2.config
 import h2.connection
 import h2.events
-import h2.exceptions
-import h2.settings
 import hpack
 from google.protobuf.message import Message
 from google.rpc import status_pb2
@@ -28,6 +27,7 @@ SECONDS_MAX: Final = 30.0
 """For what has to happen; only a failing test waits so long."""
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """What a client begins with: the words, and settings as they are by default."""
+SETTINGS_TAKEN: Final = bytes([0, 0, 0, 4, 1, 0, 0, 0, 0])
 _NAMES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
 Metadata = Iterable[tuple[str, str]]
 
@@ -161,6 +161,19 @@ def connect(address: str) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=SECONDS_MAX)
 
 
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the server ends the connection in time."""
+    connection.settimeout(SECONDS_MAX)
+    try:
+        while connection.recv(2**16):
+            pass
+    except ConnectionError:
+        pass
+    except TimeoutError:
+        return False
+    return True
+
+
 def resident_bytes(server: ServerProcess) -> int:
     """What the server's process has in memory."""
     status = Path(f"/proc/{server.pid}/status").read_text()
@@ -180,12 +193,29 @@ def _refusal(headers: dict[str, str]) -> Refusal:
     return refusal(status_pb2.Status.FromString(data))
 
 
-def resets(method: str, first: int, count: int, encoder: hpack.Encoder) -> bytes:
-    """Frames that begin so many calls and take each back at once; streams count from `first`."""
+def flood_with_resets(address: str, streams_a_second: int, seconds: int) -> None:
+    """Begins calls and takes each back at once, on one connection, as fast as it is told to."""
+    encoder, batch = hpack.Encoder(), 160
+    with connect(address) as connection:
+        connection.sendall(PREFACE)
+        assert connection.recv(2**16)
+        connection.sendall(SETTINGS_TAKEN)  # until then gRPC lets a few streams begin, and no more
+        begun = time.monotonic()
+        for number in range(streams_a_second * seconds // batch):
+            connection.sendall(_resets(1 + 2 * batch * number, batch, encoder))
+            due = begun + (number + 1) * batch / streams_a_second
+            while (left := due - time.monotonic()) > 0:
+                connection.settimeout(left)
+                with contextlib.suppress(TimeoutError):
+                    assert connection.recv(2**16), "the server closed the connection"
+            connection.settimeout(SECONDS_MAX)
+
+
+def _resets(first: int, count: int, encoder: hpack.Encoder) -> bytes:
     headers = [
         (":method", "POST"),
         (":scheme", "http"),
-        (":path", method),
+        (":path", "/conveyor.v1.SessionService/Step"),
         (":authority", "attacker"),
         ("te", "trailers"),
         ("content-type", "application/grpc"),

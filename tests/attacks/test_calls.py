@@ -21,6 +21,7 @@ CONFIG: Final = f'[auth.tokens]\n"{TOKEN}" = "anna"\n'
 MINE: Final = [("authorization", f"Bearer {TOKEN}")]
 STEP: Final = "/conveyor.v1.SessionService/Step"
 STREAM: Final = "/conveyor.v1.SessionService/StreamSteps"
+GENERATE: Final = "/conveyor.v1.SessionService/Generate"
 LIST_MODELS: Final = "/conveyor.v1.ModelService/ListModels"
 CHECK: Final = "/grpc.health.v1.Health/Check"
 WATCH: Final = "/grpc.health.v1.Health/Watch"
@@ -185,10 +186,9 @@ def test_malformed_messages_are_the_callers_mistake(server: ServerProcess) -> No
     with Attacker(server.address) as attacker:
         calls = [
             attacker.call(method, data, metadata=MINE)
-            for method in (STEP, STREAM, "/conveyor.v1.SessionService/Generate")
+            for method in (STEP, STREAM, GENERATE)
             for data in (GARBAGE, bad_utf8)
         ]
-        # The last one parses: to it a stream's field 1 is bytes that are no message.
         attacker.flush()
         assert refusals(attacker, calls) == {MALFORMED: 6}
         nobodys = [attacker.call(CHECK, GARBAGE) for _ in range(20)]

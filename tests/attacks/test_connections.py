@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import ssl
 import struct
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 
 from conveyor.v1 import model_pb2
-from tests.attacks.attacker import PREFACE, SECONDS_MAX, Attacker, connect
+from tests.attacks.attacker import PREFACE, Attacker, connect, is_closed
 from tests.integration.conftest import StartServer
 from tests.integration.process import ServerProcess
 from tests.integration.wire import Wire
@@ -57,19 +56,6 @@ def server(start_server: StartServer) -> ServerProcess:
 def sockets() -> Iterator[ExitStack]:
     with ExitStack() as stack:
         yield stack
-
-
-def is_closed(connection: socket.socket) -> bool:
-    """Whether the server ends the connection in time."""
-    connection.settimeout(SECONDS_MAX)
-    try:
-        while connection.recv(2**16):
-            pass
-    except ConnectionError:
-        pass
-    except TimeoutError:
-        return False
-    return True
 
 
 async def test_idle_connections_are_closed_and_streams_are_not(server: ServerProcess) -> None:

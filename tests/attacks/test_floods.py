@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
 from typing import Final
 
-import hpack
 import numpy as np
 import pytest
 
 from conveyor.v1 import model_pb2
-from tests.attacks.attacker import PREFACE, SECONDS_MAX, connect, resets, resident_bytes
+from tests.attacks.attacker import flood_with_resets, resident_bytes
 from tests.integration.conftest import StartServer
 from tests.integration.process import ServerProcess
 from tests.integration.wire import Wire, until
@@ -20,10 +17,7 @@ from tests.integration.wire import Wire, until
 TOKEN: Final = "anna-0123456789abcdef"
 CONFIG: Final = f'[auth.tokens]\n"{TOKEN}" = "anna"\n'
 MINE: Final = [("authorization", f"Bearer {TOKEN}")]
-STEP: Final = "/conveyor.v1.SessionService/Step"
 X: Final = np.zeros((1, 3), np.float32)
-STREAMS_A_SECOND: Final = 9_600
-FLOOD_SECONDS: Final = 3
 BURST_CALLS: Final = 5_000
 
 
@@ -44,7 +38,7 @@ async def test_others_lose_no_call_to_a_flood_of_resets(server: ServerProcess) -
     async with Wire(server.address, MINE) as wire:
         ids = [await wire.new_session("tiny") for _ in range(8)]
         before = resident_bytes(server)
-        flood = asyncio.create_task(asyncio.to_thread(_flood, server.address))
+        flood = asyncio.create_task(asyncio.to_thread(flood_with_resets, server.address, 9_600, 3))
 
         async def step_on(session_id: str) -> None:
             step = 0
@@ -57,18 +51,3 @@ async def test_others_lose_no_call_to_a_flood_of_resets(server: ServerProcess) -
         assert resident_bytes(server) - before < 96 * 2**20
         started, handled = "grpc_server_started_total", "grpc_server_handled_total"
         await until(lambda: server.metric(started) == server.metric(handled))
-
-
-def _flood(address: str) -> None:
-    encoder, batch = hpack.Encoder(), 160
-    with connect(address) as connection:
-        connection.sendall(PREFACE)
-        begun = time.monotonic()
-        for number in range(STREAMS_A_SECOND * FLOOD_SECONDS // batch):
-            connection.sendall(resets(STEP, 1 + 2 * batch * number, batch, encoder))
-            due = begun + (number + 1) * batch / STREAMS_A_SECOND
-            while (left := due - time.monotonic()) > 0:
-                connection.settimeout(left)
-                with contextlib.suppress(TimeoutError):
-                    assert connection.recv(2**16), "the server closed the connection"
-            connection.settimeout(SECONDS_MAX)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import struct
+from collections import Counter
 from collections.abc import Awaitable
 from typing import Any, Final
 
 import numpy as np
 import pytest
 
-from conveyor.v1 import session_pb2
-from tests.attacks.attacker import resident_bytes
+from conveyor.v1 import model_pb2, session_pb2
+from tests.attacks.attacker import Attacker, resident_bytes
 from tests.attacks.collecting import LOGGER
 from tests.integration.conftest import StartServer
 from tests.integration.process import ServerProcess
@@ -72,6 +74,51 @@ async def test_answered_calls_with_large_results_leave_nothing(server: ServerPro
         before = resident_bytes(server)
         await some(4, 40)
         assert resident_bytes(server) - before < GROWTH_BYTES_MAX
+
+
+async def test_messages_that_never_end_take_no_more_than_they_may(
+    start_server: StartServer,
+) -> None:
+    """Of forty messages of 4 MiB, sent but for their last bytes, so many are gathered as fit."""
+    server = start_server(
+        {
+            "shutdown.grace_seconds": 1,
+            "limits.request_bytes_max": 32 * 2**20,
+            "limits.message_seconds_max": 3,
+        }
+    )
+    async with Wire(server.address) as wire:
+        await wire.models.ListModels(model_pb2.ListModelsRequest())
+    before, peak = resident_bytes(server), 0
+    with Attacker(server.address) as attacker:
+        unsent = dict.fromkeys((attacker.call(STEP, ends=False) for _ in range(40)), 4 * 2**20)
+        for stream in unsent:
+            attacker.h2.send_data(stream, struct.pack(">BI", 0, 4 * 2**20 + 16))
+        while any(answer.refusal is None for answer in attacker.answers.values()):
+            _send_what_may_be_sent(attacker, unsent)
+            assert attacker.read()
+            peak = max(peak, resident_bytes(server))
+        assert set(_reasons(attacker)) == {"CALLS_LIMIT", "DEADLINE_EXCEEDED"}
+        assert _reasons(attacker)["DEADLINE_EXCEEDED"] <= 7
+    assert peak - before < (32 + 64) * 2**20
+
+
+def _reasons(attacker: Attacker) -> Counter[str]:
+    refusals = (answer.refusal for answer in attacker.answers.values())
+    return Counter(refusal.reason for refusal in refusals if refusal is not None)
+
+
+def _send_what_may_be_sent(attacker: Attacker, unsent: dict[int, int]) -> None:
+    for stream in list(unsent):
+        answer = attacker.answers[stream]
+        while answer.refusal is None and answer.reset is None:
+            window = attacker.h2.local_flow_control_window(stream)
+            size = min(unsent[stream], window, attacker.h2.max_outbound_frame_size)
+            if size <= 0:
+                break
+            attacker.h2.send_data(stream, bytes(size))
+            unsent[stream] -= size
+    attacker.flush()
 
 
 async def test_nothing_waits_for_the_garbage_collector(start_server: StartServer) -> None:

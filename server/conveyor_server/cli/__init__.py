@@ -216,10 +216,12 @@ def _find(repository: Path, name: str, version: int | None) -> Bundle:
 
 
 def _run_server(config: Path | None, flags: dict[str, str]) -> None:
+    from conveyor_server.logs import configure_logging, silence_grpc_core
+
+    silence_grpc_core()
     from conveyor_server.app import App, ServerBroken, StartError
     from conveyor_server.config import ConfigError, load_config
     from conveyor_server.engine.engine import DeviceError
-    from conveyor_server.logs import configure_logging
     from conveyor_server.rpc.server import AddressError
 
     try:

@@ -71,7 +71,8 @@ class Authenticator:
         return found
 
     def _digest(self, token: str) -> bytes:
-        return hashlib.blake2b(token.encode(), key=self._key, digest_size=32).digest()
+        data = token.encode(errors="surrogatepass")
+        return hashlib.blake2b(data, key=self._key, digest_size=32).digest()
 
 
 def _authorizations(metadata: Iterable[tuple[str, str | bytes]]) -> list[str | bytes]:

@@ -1,8 +1,9 @@
 """Takes in the one message of a unary request, within bounds of time and of bytes.
 
-Nothing is read of a call before it is let in: until then the transport holds back all of a message
-but its first 64 KiB. Once it is read for, the transport gathers it whole. So a message that is late
-counts as the largest that may come; one that came counts as what it is until its call has ended.
+Nothing is read of a call before it is let in: until then the transport takes only the beginning of
+a message (`server.UNREAD_BYTES_MAX`). Once it is read for, the transport gathers it whole. So a
+message that is late counts as the largest that may come; one that came counts as what it is until
+its call has ended.
 """
 
 import asyncio

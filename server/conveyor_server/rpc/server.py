@@ -1,6 +1,7 @@
 """The gRPC server: services, health, reflection, transport limits."""
 
 import asyncio
+import logging
 import socket
 from pathlib import Path
 from typing import Final
@@ -30,6 +31,9 @@ CUT_SECONDS_MAX: Final = 2.0
 STREAMS_PER_CALL: Final = 8
 """Streams that the transport takes on a connection for each call that we let in."""
 PENDING_CALLS_MIN: Final = 8_192
+"""Calls of one method that may wait for us, however few are let in at once."""
+UNREAD_BYTES_MAX: Final = 256 * 2**10
+"""What the transport takes of a stream ahead of our reading it."""
 
 _FRAME_BYTES = 64 * 2**10
 _ENTRY_BYTES = 32
@@ -68,6 +72,7 @@ class GrpcServer:
             metadata_bytes_max=config.limits.metadata_bytes_max,
             tracing=services.tracing,
         )
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_of_interest)
         self._server = aio.server(
             interceptors=[interceptor], options=transport_options(config.limits)
         )
@@ -139,6 +144,12 @@ class GrpcServer:
             await asyncio.wait(calls, timeout=CUT_SECONDS_MAX)
 
 
+def _is_of_interest(record: logging.LogRecord) -> bool:
+    """Whether a line of gRPC's is more than a caller's going, which it calls an internal error."""
+    kind = record.exc_info and record.exc_info[0]
+    return not (kind and issubclass(kind, aio.InternalError))
+
+
 def transport_message_bytes_max(limits: LimitsConfig) -> int:
     """The largest message that the transport lets through; beyond `message_bytes_max` we refuse."""
     message_bytes_max = (
@@ -169,6 +180,10 @@ def transport_options(limits: LimitsConfig) -> list[tuple[str, int]]:
         ("grpc.max_allowed_incoming_connections", limits.connections_max),
         ("grpc.max_connection_idle_ms", int(1000 * limits.connection_idle_seconds_max)),
         ("grpc.server_handshake_timeout_ms", int(1000 * limits.connection_handshake_seconds_max)),
+        # What a client may send of a call before it is read for. gRPC would let this grow with the
+        # speed of the link, to megabytes of every call that is going to be refused.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", UNREAD_BYTES_MAX),
         # Two servers on one port would each hold half of the sessions.
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", 30_000),
