@@ -43,14 +43,18 @@ async def first_of(outbox: "Outbox", seconds_max: float, *tasks: "asyncio.Task[N
     Raises:
         SlowReader: One and the same write took all of `seconds_max`.
     """
+    waits = 0
     while True:
         written, blocked = outbox.frames_written, outbox.blocked
+        # In two waits: one of them may be over at once, if the server itself was stopped.
         done, _ = await asyncio.wait(
-            tasks, timeout=seconds_max, return_when=asyncio.FIRST_COMPLETED
+            tasks, timeout=seconds_max / 2, return_when=asyncio.FIRST_COMPLETED
         )
         if done:
             return
-        if blocked and outbox.blocked and outbox.frames_written == written:
+        stuck = blocked and outbox.blocked and outbox.frames_written == written
+        waits = waits + 1 if stuck else 0
+        if waits == 2:
             raise SlowReader(
                 "the client does not read its results",
                 limit="limits.slow_reader_seconds_max",

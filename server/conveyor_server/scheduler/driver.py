@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 
 from conveyor_server.core import Chunk, ModelInfo, SessionView
 from conveyor_server.errors import ConveyorError, EngineFailed, Internal
+from conveyor_server.scheduler.lateness import LOOK_SECONDS, Lateness
 from conveyor_server.scheduler.operations import Future, Operations
 from conveyor_server.scheduler.scheduler import Outcome, Scheduler, Turn
 
@@ -37,6 +38,7 @@ class Driver:
         self._running = False
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_due = 0.0
+        self._looking: asyncio.TimerHandle | None = None
         self._arrived_before = 0
         self._turns_put_off = 0
         self._stopped = False
@@ -53,13 +55,16 @@ class Driver:
         self._loop = asyncio.get_running_loop()
         self._scheduler = scheduler
         self._operations = operations
+        self._lateness = Lateness(self._loop.time())
+        self._look_again()
         self.wake()
 
     def stop(self) -> None:
         """Ends ticking; waits for a batch on the worker thread."""
         self._stopped = True
-        if self._alarm is not None:
-            self._alarm.cancel()
+        for timer in (self._alarm, self._looking):
+            if timer is not None:
+                timer.cancel()
         self._worker.shutdown(wait=True)
 
     def submit(self, chunk: Chunk) -> None:
@@ -156,6 +161,7 @@ class Driver:
         self._due = None
         if self._stopped:
             return
+        self._look()
         with self._stopping_if_broken():
             turn = self._scheduler.begin()
             if turn is not None:
@@ -200,6 +206,17 @@ class Driver:
         if isinstance(outcome, ConveyorError):
             _log.error("the engine failed", exc_info=outcome, extra={"model": turn.model.name})
         return outcome
+
+    def _look(self) -> None:
+        """Sees whether the loop was not there; before leases end, for which that counts."""
+        late = self._lateness.look(self._loop.time())
+        if late:
+            _log.warning("the event loop was not there", extra={"seconds": round(late, 3)})
+            self._scheduler.was_late(late)
+
+    def _look_again(self) -> None:
+        self._look()
+        self._looking = self._loop.call_later(LOOK_SECONDS, self._look_again)
 
     def _set_alarm(self) -> None:
         """Sees to it that leases end on time even if nothing arrives any more."""

@@ -8,6 +8,7 @@ applies what came of it.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from conveyor_server.clock import Clock
 from conveyor_server.config import LimitsConfig
@@ -34,6 +35,8 @@ from conveyor_server.sessions.session import Barrier, Session
 from conveyor_server.sessions.table import SessionTable
 from conveyor_server.store.port import CarryStore
 
+READ_SECONDS: Final = 1.0
+"""What it takes at most to read what arrived while the server was not there."""
 _log = logging.getLogger(__name__)
 
 
@@ -97,6 +100,7 @@ class Scheduler:
         self._store = store
         self._ready = ReadyQueues(batch_sessions_max, quantum_steps)
         self._now = clock.monotonic()
+        self._expire_from = self._now
 
     def tick(self) -> bool:
         """One round. Returns whether anything ran."""
@@ -172,7 +176,17 @@ class Scheduler:
 
     def next_wakeup(self) -> float | None:
         """Monotonic time at which a tick is due even if nothing arrives."""
-        return self.sessions.next_expiry()
+        due = self.sessions.next_expiry()
+        return None if due is None else max(due, self._expire_from)
+
+    def was_late(self, seconds: float) -> None:
+        """Nobody was served for so long, so it shortens no lease.
+
+        What arrived meanwhile is read before any lease ends.
+        """
+        now = self.clock.monotonic()
+        self._expire_from = now + READ_SECONDS
+        self.sessions.prolong(seconds, now)
 
     def advance(self, session: Session) -> None:
         """Answers or refuses what is at the head of a queue until something there has to run."""
@@ -285,6 +299,8 @@ class Scheduler:
             self.advance(session)
 
     def _expire_leases(self) -> None:
+        if self._now < self._expire_from:
+            return
         for session in self.sessions.expired(self._now):
             self.end(session, SessionExpired(f"session {session.session_id!r} was expired"))
 
