@@ -347,9 +347,18 @@ class SlowReader(LimitExceeded):
 
 
 class DeviceOutOfMemory(LimitExceeded):
-    """The device has no memory left."""
+    """The device, or the server itself, has no memory left."""
 
     reason = "DEVICE_OUT_OF_MEMORY"
+
+    @classmethod
+    def of_host(cls) -> "DeviceOutOfMemory":
+        """The memory that is gone is the server's own."""
+        return cls(
+            "the server is out of memory; nothing was applied, try again later",
+            limit="host memory",
+            maximum="host",
+        )
 
 
 class DataLost(ConveyorError):

@@ -1,10 +1,14 @@
 """The mode in which everything is computed, and the library's errors turned into ours."""
 
 from types import TracebackType
+from typing import Final
 
 import torch
 
 from conveyor_server.errors import DeviceOutOfMemory, EngineFailed
+
+_HOST_ALLOCATOR: Final = "DefaultCPUAllocator"
+"""Says in a RuntimeError that host memory is gone; the library has no class for that."""
 
 
 class computing:
@@ -37,5 +41,7 @@ class computing:
                 limit="device memory",
                 maximum=str(self._device),
             ) from error
+        if isinstance(error, MemoryError) or _HOST_ALLOCATOR in str(error):
+            raise DeviceOutOfMemory.of_host() from error
         if isinstance(error, RuntimeError):
             raise EngineFailed("the engine failed; nothing was applied") from error

@@ -19,11 +19,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 from grpc import aio
 
 from conveyor_server.clock import Clock
-from conveyor_server.errors import ConveyorError, Internal, InvalidField
+from conveyor_server.errors import ConveyorError, DeviceOutOfMemory, Internal, InvalidField
 from conveyor_server.metrics import Metrics
 from conveyor_server.rpc.access import Authenticator, act_for, check_size, principal, size_of
 from conveyor_server.rpc.bounds import CallBounds
@@ -43,6 +43,8 @@ _NOT_TRACED: Final = "grpc."
 _HEALTH: Final = "grpc.health.v1.Health"
 """Open to all: it asks for no token, and has bounds of its own."""
 
+_PARSED_BYTES: Final = 4
+"""What each byte of a message takes at most once it is parsed, about."""
 _log = logging.getLogger(__name__)
 
 Handler = Callable[[Any, Any], Awaitable[Any]]
@@ -174,6 +176,9 @@ class _Method:
             return watched.aborted_with
         except aio.BaseError as error:  # what is left of these says that the call is over
             _log.debug("a call ended under its handler", extra={"problem": str(error)})
+        except (MemoryError, EncodeError):  # what cannot be encoded does not fit
+            _log.error("out of memory in a call", extra={"method": f"/{self.service}/{self.name}"})
+            return DeviceOutOfMemory.of_host()
         except Exception:  # noqa: BLE001  a bug fails its call, not the server
             method = f"/{self.service}/{self.name}"
             _log.exception("a call failed by our own mistake", extra={"method": method})
@@ -249,6 +254,7 @@ def _parsing(deserialize: Parse) -> Parse:
         try:
             return deserialize(data)
         except DecodeError as error:
+            bytearray(_PARSED_BYTES * len(data))  # raises MemoryError if that is the reason
             raise InvalidField("message", "not a message of this method's type") from error
 
     return parse

@@ -226,8 +226,12 @@ def _keep_until_done(account: Account) -> None:
 
 def _trim_on_a_thread() -> None:
     """Gives free memory back, which takes some milliseconds and no interpreter."""
-    if _MALLOC_TRIM is not None:
+    if _MALLOC_TRIM is None:
+        return
+    try:
         threading.Thread(target=_MALLOC_TRIM, args=(0,), name="trim", daemon=True).start()
+    except RuntimeError:  # no memory for a thread, so it is needed all the more
+        _MALLOC_TRIM(0)
 
 
 def _malloc_trim() -> Callable[[int], object] | None:

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from typing import Final, TypeVar
 
 from conveyor_server.core import Chunk, ModelInfo, SessionView
-from conveyor_server.errors import ConveyorError, EngineFailed, Internal
+from conveyor_server.errors import ConveyorError, DeviceOutOfMemory, EngineFailed
 from conveyor_server.scheduler.lateness import LOOK_SECONDS, Lateness
-from conveyor_server.scheduler.operations import Future, Operations
+from conveyor_server.scheduler.operations import Future, Operations, mistake
 from conveyor_server.scheduler.scheduler import Outcome, Scheduler, Turn
 
 T = TypeVar("T")
@@ -103,8 +103,8 @@ class Driver:
                 result = operation(self._operations)
             except ConveyorError as error:
                 _settle(future, error=error)
-            except Exception:  # noqa: BLE001  it fails its caller, not everybody's ticks
-                _settle(future, error=_mistake())
+            except Exception as error:  # noqa: BLE001  it fails its caller, not everybody's ticks
+                _settle(future, error=mistake(error))
             else:
                 _settle(future, result=result)
 
@@ -119,8 +119,8 @@ class Driver:
         def run() -> None:
             try:
                 operation(self._operations, gate)
-            except Exception:  # noqa: BLE001  as in `call`
-                gate.set_exception(_mistake())
+            except Exception as error:  # noqa: BLE001  as in `call`
+                gate.set_exception(mistake(error))
 
         self._scheduler.inbox.put_operation(run)
         return await future
@@ -131,8 +131,8 @@ class Driver:
         def run() -> None:
             try:
                 operation(self._operations)
-            except Exception:  # noqa: BLE001  as in `call`
-                _mistake()
+            except Exception as error:  # noqa: BLE001  as in `call`
+                mistake(error)
 
         self._scheduler.inbox.put_operation(run)
 
@@ -200,6 +200,9 @@ class Driver:
     def _execute(self, turn: Turn) -> Outcome:
         try:
             outcome = self._scheduler.execute(turn)
+        except MemoryError as error:
+            outcome = DeviceOutOfMemory.of_host()
+            outcome.__cause__ = error.with_traceback(None)
         except Exception:  # noqa: BLE001  a bug in the engine fails its batch, not the server
             _log.exception("the engine raised", extra={"model": turn.model.name})
             return EngineFailed("the engine failed on this batch; nothing was applied")
@@ -232,12 +235,6 @@ class Driver:
     def _ring(self) -> None:
         self._alarm = None
         self.wake()
-
-
-def _mistake() -> Internal:
-    """What the caller of an operation is told of the exception being handled."""
-    _log.exception("an operation raised what it must not")
-    return Internal()
 
 
 class _Gate:

@@ -23,6 +23,7 @@ from conveyor_server.core import (
 )
 from conveyor_server.errors import (
     ConveyorError,
+    DeviceOutOfMemory,
     Internal,
     InvalidField,
     ModelNotFound,
@@ -54,6 +55,15 @@ class Future(Protocol[T_contra]):
     def set_exception(self, exception: ConveyorError, /) -> None:
         """It is refused."""
         ...
+
+
+def mistake(error: Exception) -> ConveyorError:
+    """What the caller of an operation is told of what it must not raise, which is logged."""
+    if isinstance(error, MemoryError):
+        _log.error("out of memory in an operation")
+        return DeviceOutOfMemory.of_host()
+    _log.error("an operation raised what it must not", exc_info=error)
+    return Internal()
 
 
 class Operations:
@@ -289,9 +299,8 @@ class Operations:
                 run(session)
             except ConveyorError as error:
                 future.set_exception(error)
-            except Exception:  # noqa: BLE001  it fails its caller, not everybody's ticks
-                _log.exception("an operation raised what it must not")
-                future.set_exception(Internal())
+            except Exception as error:  # noqa: BLE001  it fails its caller, not everybody's ticks
+                future.set_exception(mistake(error))
 
         try:
             session = self._find(principal, session_id)
