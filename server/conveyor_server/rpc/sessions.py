@@ -15,6 +15,7 @@ from conveyor_server.rpc.service import Context, Services, Waiter
 from conveyor_server.rpc.stream import StepStream
 from conveyor_server.rpc.streams import Streams
 from conveyor_server.rpc.traces import trace_message
+from conveyor_server.store.checkpoint import Checkpoint, encode, read_snapshot
 
 
 class SessionServicer(session_pb2_grpc.SessionServiceServicer):
@@ -165,10 +166,11 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         caller = principal()
         view = self._driver.peek(caller, request.session_id)
         self._services.results.count_for_call(caller, view.state_bytes)
-        exported: tuple[SessionView, bytes] = await self._driver.call_after_queue(
+        exported: tuple[SessionView, Checkpoint] = await self._driver.call_after_queue(
             lambda operations, future: operations.export(caller, request.session_id, future)
         )
-        view, snapshot = exported
+        view, checkpoint = exported
+        snapshot = await self._driver.aside(encode, checkpoint)
         return session_pb2.ExportSessionResponse(session=session_message(view), snapshot=snapshot)
 
     async def ImportSession(
@@ -185,9 +187,10 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
             if idle is None
             else self._admission.idle_seconds(idle)
         )
+        checkpoint = await self._driver.aside(read_snapshot, request.snapshot)
         view = await self._driver.call(
             lambda operations: operations.import_(
-                caller, request.snapshot, request.session_id, idle_seconds
+                caller, checkpoint, request.session_id, idle_seconds
             )
         )
         return session_pb2.ImportSessionResponse(session=session_message(view))

@@ -20,6 +20,7 @@ from conveyor_server.scheduler.lateness import LOOK_SECONDS, Lateness
 from conveyor_server.scheduler.operations import Future, Operations, mistake
 from conveyor_server.scheduler.scheduler import Outcome, Scheduler, Turn
 
+A = TypeVar("A")
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class Driver:
         """Call `start` before anything else."""
         self._inline_multiply_adds_max = inline_multiply_adds_max
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="aside")
         self._due: asyncio.Handle | None = None
         self._running = False
         self._alarm: asyncio.TimerHandle | None = None
@@ -65,6 +67,7 @@ class Driver:
         for timer in (self._alarm, self._looking):
             if timer is not None:
                 timer.cancel()
+        self._aside.shutdown(wait=True, cancel_futures=True)
         self._worker.shutdown(wait=True)
 
     def submit(self, chunk: Chunk) -> None:
@@ -110,6 +113,13 @@ class Driver:
 
         self._scheduler.inbox.put_operation(run)
         return await future
+
+    async def aside(self, function: Callable[[A], T], argument: A) -> T:
+        """Runs something long that touches no session, beside the loop; one after the other.
+
+        Callers wait for its end, so of those that wait there are never more than calls.
+        """
+        return await self._loop.run_in_executor(self._aside, function, argument)
 
     async def call_after_queue(self, operation: Callable[[Operations, Future[T]], None]) -> T:
         """Runs an operation that waits for what the session was sent before."""
