@@ -23,7 +23,8 @@ DEV := $(VENV)/.conveyor-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-unit check compose-check format serve bench proto docs wheel clean
+.PHONY: help demo test test-unit check compose-check format serve bench bench-cuda gpu-check proto
+.PHONY: docs wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +48,7 @@ check: $(DEV) ## lint, format, types, import contracts, contract, generated code
 	$(BIN)/python scripts/compose.py lint
 	$(BIN)/python scripts/dashboards.py check
 	$(BIN)/python scripts/rules.py check
+	bash -n scripts/gpu_check.sh
 
 compose-check: $(DEV) ## build and start the containers, stream through them (needs a Docker engine)
 	$(BIN)/python scripts/compose.py check
@@ -60,6 +62,12 @@ serve: $(RUN) ## serve the shipped models in the foreground
 
 bench: $(DEV) ## measure, each line beside its comparator
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+bench-cuda: $(DEV) ## measure the engine on a CUDA device, each line beside cuDNN
+	$(BIN)/python -m bench --only cuda $(BENCH_ARGS)
+
+gpu-check: $(DEV) ## on a machine with a CUDA device: tests/gpu and bench-cuda, output to one file
+	PYTHON=$(BIN)/python scripts/gpu_check.sh
 
 proto: $(DEV) ## regenerate the Python code of the contract
 	$(BIN)/python scripts/proto.py generate
@@ -81,6 +89,7 @@ $(RUN): pyproject.toml constraints.txt | $(BIN)/python
 
 $(DEV): $(RUN)
 	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(PIP) --no-deps --upgrade --target $(VENV)/contract-tools grpcio-tools
 	@touch $@
 
 $(BIN)/python:

@@ -5,7 +5,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("grpcio", "protobuf", "numpy", "torch", "onnxruntime")
+PACKAGES = ("grpcio", "protobuf", "numpy", "torch", "triton", "onnxruntime")
 
 
 def machine() -> dict[str, str | int]:
@@ -27,6 +27,21 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def cuda_device() -> dict[str, str | int | None]:
+    """The first CUDA device, as torch sees it."""
+    import torch
+
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
 
 
 def _cpu_model() -> str:

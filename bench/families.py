@@ -1,7 +1,7 @@
 """Every cell family beside the plain LSTM, both on the engine alone, in this process.
 
 One layer of 256 on 256 features, 32 sessions, one step of each a call. What is compared is
-processor time, see `bench.engine`.
+processor time, see `bench.contenders`.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from bench.engine import measured_round
+from bench.contenders import measured_round
 from bench.model import SIZE
 from bench.result import Line, Measured, Target
 from conveyor_models import Bundle, ModelSpec, digest_of

@@ -23,10 +23,13 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
-try:
-    from grpc_tools import protoc
-except ModuleNotFoundError:
-    sys.exit("grpcio-tools is not installed here: run `make check` once, then .venv/bin/python")
+# grpcio-tools lies apart, because it requires an older protobuf than the environment has:
+# constraints.txt says why it is that version.
+TOOLS = Path(sys.prefix, "contract-tools")
+if not TOOLS.is_dir():
+    sys.exit(f"grpcio-tools is not in {TOOLS}: run `make check` once, then .venv/bin/python")
+sys.path.insert(0, str(TOOLS))
+from grpc_tools import protoc  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROTO_ROOT = REPOSITORY / "proto"

@@ -6,7 +6,8 @@ from typing import Final
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from conveyor_server.config import ENV_PREFIX, Config
+from conveyor_server.config import Config
+from conveyor_server.environment import DELIMITER, PREFIX
 
 NAME: Final = "settings.md"
 
@@ -32,7 +33,7 @@ def _table(section: str, kind: type[BaseModel]) -> Iterator[str]:
     yield "|---|---|---|---|"
     for key, field in kind.model_fields.items():
         name = f"{section}.{key}"
-        variable = f"{ENV_PREFIX}{section}__{key}".upper()
+        variable = f"{PREFIX}{section}{DELIMITER}{key}".upper()
         meaning = " ".join((field.description or "").split()).replace("|", "\\|")
         yield f"| `{name}` | {_default(field)} | `{variable}` | {meaning} |"
 

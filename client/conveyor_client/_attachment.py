@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from conveyor.v1 import session_pb2
 from conveyor_client._chunk import Chunk
 from conveyor_client._errors import (
+    NOT_OPENED,
     ConveyorError,
     DeadlineExceeded,
     NotOpen,
@@ -98,7 +99,10 @@ class Attachment:
             else:
                 assert self.answer is not None, "an open session has an answer"
                 return self.answer
-        raise NotOpen("the server takes no session on any stream")
+        raise NotOpen(
+            "the server had no room for the session on any stream of this client"
+            f" (Options.streams_max is {options.streams_max})"
+        )
 
     def _give_up_opening(self) -> None:
         if self._handle and self._lane is not None:
@@ -135,7 +139,7 @@ class Attachment:
         if self.error is not None:
             raise self.error.copy()
         if self.opened is None:
-            raise NotOpen("the session was not opened")
+            raise NotOpen(NOT_OPENED)
         return self.opened
 
     # --- stepping --------------------------------------------------------------------------------
@@ -231,7 +235,7 @@ class Attachment:
                     self._idle_waiters.append(waiter)
                     await waiter
         except TimeoutError as error:
-            raise DeadlineExceeded(f"steps were still in flight after {seconds} s") from error
+            raise DeadlineExceeded(f"not every step was answered within {seconds:g} s") from error
         self.require()
 
     def rebase(self, info: SessionInfo) -> None:
@@ -259,7 +263,7 @@ class Attachment:
         if not self._handle or self._lane is None:
             return False
         if self._ledger is not None:
-            self._ledger.drop_pending(NotOpen("the session is being closed"))
+            self._ledger.drop_pending(NotOpen("the session was closed before this step was sent"))
         self._closing = self._loop.create_future()
         handle, self._handle = self._handle, 0
         self._lane.send_close(handle, detach)
@@ -267,7 +271,10 @@ class Attachment:
             async with asyncio.timeout(seconds):
                 await self._closing
         except TimeoutError as error:
-            raise DeadlineExceeded("the server did not confirm the end of the session") from error
+            raise DeadlineExceeded(
+                "the server did not confirm in time that the session ended; it ends by its idle"
+                " time"
+            ) from error
         except TransportError:
             return False
         return True
@@ -426,4 +433,4 @@ class Attachment:
 
 
 def _expire(chunk: Chunk, seconds: float) -> None:
-    chunk.fail(DeadlineExceeded(f"no answer within {seconds} s"))
+    chunk.fail(DeadlineExceeded(f"no answer to a step within {seconds:g} s"))

@@ -54,6 +54,7 @@ class Calls:
         metadata: Metadata = (),
     ) -> None:
         self._options = options
+        self.target = target
         self._metadata = tuple(metadata)
         if token is not None:
             self._metadata += (("authorization", f"Bearer {token}"),)
@@ -108,14 +109,15 @@ class Calls:
         Raises:
             ConveyorError: What went wrong, by class.
         """
-        seconds = self._seconds(timeout_seconds)
+        seconds = total_seconds = self._seconds(timeout_seconds)
         give_up_at = time.monotonic() + seconds
         attempt = 1
         while True:
             try:
                 return await method(request, timeout=seconds, metadata=self._metadata_for(key))
             except grpc.aio.AioRpcError as error:
-                cause, translated = error, error_from_call(error)
+                cause = error
+                translated = error_from_call(error, self.target, total_seconds)
             except grpc.aio.UsageError as error:
                 raise NotOpen("the client is closed") from error
             wait_seconds = self._options.reconnect.wait_seconds(attempt)
@@ -149,17 +151,16 @@ class Calls:
         Raises:
             ConveyorError: What went wrong, by class.
         """
+        seconds = self._seconds(timeout_seconds)
         try:
-            call = method(
-                request, timeout=self._seconds(timeout_seconds), metadata=self._metadata_for(key)
-            )
+            call = method(request, timeout=seconds, metadata=self._metadata_for(key))
             try:
                 async for response in call:
                     yield response
             finally:
                 call.cancel()
         except grpc.aio.AioRpcError as error:
-            raise error_from_call(error) from error
+            raise error_from_call(error, self.target, seconds) from error
         except grpc.aio.UsageError as error:
             raise NotOpen("the client is closed") from error
 

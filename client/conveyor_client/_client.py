@@ -373,12 +373,17 @@ class Client(ById):
                 if lane.has_room:
                     return lane
         if len(self._lanes) >= self.options.streams_max:
-            raise LimitExceeded(f"this client holds {len(self._lanes)} streams, as many as it may")
+            raise LimitExceeded(
+                f"no room for one more session: each of the client's {len(self._lanes)} streams"
+                " is full"
+                f" (Options.streams_max is {self.options.streams_max})"
+            )
         sessions_max = self.options.stream_sessions_max
         if model is not None and model.limits.stream_sessions_max > 0:
             sessions_max = min(sessions_max, model.limits.stream_sessions_max)
         self._lanes_made += 1
         key = own_key or f"{self._key}-{self._lanes_made}"
-        lane = Lane(self.calls.steps, key, self.options, 1 if own_key else sessions_max)
+        sessions_max = 1 if own_key else sessions_max
+        lane = Lane(self.calls.steps, key, self.options, sessions_max, self.calls.target)
         self._lanes.append(lane)
         return lane

@@ -49,9 +49,14 @@ ConveyorError
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import grpc
+
+NOT_OPENED: Final = (
+    "the session is not open: call session.open() first, or use it in a with block"
+    " (with conveyor_client.aio: await session.open(), or async with)"
+)
 
 
 class ConveyorError(Exception):
@@ -109,7 +114,7 @@ class NotFound(ConveyorError):
 
 
 class ModelNotFound(NotFound):
-    """The server has no model of that name and version."""
+    """The server has no model of that name or version."""
 
 
 class SessionNotFound(NotFound):
@@ -117,7 +122,7 @@ class SessionNotFound(NotFound):
 
 
 class SessionEnded(SessionNotFound):
-    """The caller's own session is over: its lease ran out, it was closed, or it was evicted."""
+    """The caller's own session has ended: it expired, was closed or was evicted."""
 
     @property
     def ending(self) -> str:
@@ -126,19 +131,19 @@ class SessionEnded(SessionNotFound):
 
 
 class OwnershipLost(ConveyorError):
-    """The session lives on, but no longer here."""
+    """The session is still alive, but this client no longer owns it."""
 
 
 class SessionSuperseded(OwnershipLost):
-    """A newer stream or call opened the session; this client does not take it back by itself."""
+    """A newer stream or call has opened the session; this client does not take it back."""
 
 
 class SessionFenced(OwnershipLost):
-    """Another server claimed the session; the epoch of this claim is over."""
+    """Another server has claimed the session; open it again."""
 
 
 class SessionMoved(OwnershipLost):
-    """The session lives on another server; opening it again finds it."""
+    """The session is on another server now; open it again."""
 
     retryable_by_nature = True
 
@@ -148,11 +153,11 @@ class SessionExists(ConveyorError):
 
 
 class SessionMismatch(ConveyorError):
-    """The session exists with another model, version or option than was asked for."""
+    """The session exists with another model, version or option than the request names."""
 
 
 class StepRefused(ConveyorError):
-    """The number of a step does not fit the session; its state is as before."""
+    """The number of a step does not fit the session, whose state is unchanged."""
 
 
 class StepGap(StepRefused):
@@ -165,15 +170,15 @@ class StepGap(StepRefused):
 
 
 class StepConflict(StepRefused):
-    """A step that was taken came again with another payload."""
+    """A step was sent again with different input."""
 
 
 class StepResultNotHeld(StepRefused):
-    """A step that was taken came again, and its result is forgotten."""
+    """A step was sent again, and its result is no longer kept."""
 
 
 class InvalidInput(ConveyorError):
-    """The request can never succeed as it is."""
+    """The request cannot succeed as it is."""
 
 
 class InvalidField(InvalidInput):
@@ -186,7 +191,7 @@ class InvalidField(InvalidInput):
 
 
 class InvalidShape(InvalidInput):
-    """The array has not the shape or type of this model's rows."""
+    """The array does not have the shape or type of this model's rows."""
 
 
 class NonFiniteInput(InvalidInput):
@@ -198,19 +203,19 @@ class TokenOutOfRange(InvalidInput):
 
 
 class EmptyChunk(InvalidInput):
-    """There is no step in the chunk."""
+    """The chunk has no steps."""
 
 
 class ChunkTooLong(InvalidInput):
-    """There are more steps in the chunk than the server takes."""
+    """The chunk has more steps than the server's limit."""
 
 
 class InvalidMemory(InvalidInput):
-    """The model needs an attention memory and got none, or the other way about."""
+    """The model needs an attention memory and got none, or takes none and got one."""
 
 
 class MessageTooLarge(InvalidInput):
-    """A message is larger than the other side takes."""
+    """A message is larger than the other side's limit."""
 
 
 class InvalidToken(InvalidInput):
@@ -218,13 +223,13 @@ class InvalidToken(InvalidInput):
 
 
 class LimitExceeded(ConveyorError):
-    """A limit is reached for now; `retry_after_seconds` says when to try again."""
+    """A limit has been reached; `retry_after_seconds` says when to try again."""
 
     retryable_by_nature = True
 
 
 class DeadlineExceeded(ConveyorError):
-    """The time given for the call is over.
+    """The call took longer than its timeout.
 
     With the server's reason the chunk was not run. Where this client's own clock ran out (reason
     "CLIENT") the chunk may still run; the session keeps its numbers straight either way.
@@ -238,7 +243,7 @@ class NotSupported(ConveyorError):
 
 
 class ModelNotStreamable(NotSupported):
-    """The model only takes whole sequences: use `predict`."""
+    """The model takes whole sequences only: use `predict`."""
 
 
 class ModelNotGenerative(NotSupported):
@@ -246,13 +251,13 @@ class ModelNotGenerative(NotSupported):
 
 
 class Unavailable(ConveyorError):
-    """Nobody can answer at the moment."""
+    """No server can answer at the moment."""
 
     retryable_by_nature = True
 
 
 class ServerDraining(Unavailable):
-    """The server is stopping."""
+    """The server is shutting down."""
 
 
 class StoreUnavailable(Unavailable):
@@ -260,7 +265,7 @@ class StoreUnavailable(Unavailable):
 
 
 class TransportError(Unavailable):
-    """The connection broke, or could not be made."""
+    """The server cannot be reached, or the connection broke."""
 
 
 class DataLoss(ConveyorError):
@@ -268,7 +273,7 @@ class DataLoss(ConveyorError):
 
 
 class SessionQuarantined(DataLoss):
-    """The carry became non-finite; reset or close the session."""
+    """The state became NaN or infinite; reset or close the session."""
 
 
 class SnapshotCorrupt(DataLoss):
@@ -280,7 +285,7 @@ class ServerRestarted(DataLoss):
 
 
 class StoreLostWrites(DataLoss):
-    """The store is not the one the session's token came from."""
+    """The session was opened before the server restarted, and its state is gone."""
 
 
 class SnapshotIncompatible(ConveyorError):
@@ -292,11 +297,11 @@ class CheckpointNotRetained(ConveyorError):
 
 
 class ServerError(ConveyorError):
-    """The server made a mistake that is not the caller's."""
+    """The server failed through no fault of the caller."""
 
 
 class EngineFailed(ServerError):
-    """The engine failed on this batch; the session is as it was before."""
+    """The engine failed on this batch; the session is unchanged."""
 
     retryable_by_nature = True
 

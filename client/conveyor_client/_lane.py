@@ -40,7 +40,16 @@ _FRAME_OVERHEAD_BYTES = 24  # an entry's own fields, at their longest in practic
 class Lane:
     """A stream and its sessions."""
 
-    def __init__(self, dial: Dial, key: str, options: Options, sessions_max: int) -> None:
+    def __init__(
+        self,
+        dial: Dial,
+        key: str,
+        options: Options,
+        sessions_max: int,
+        target: str = "the server",
+    ) -> None:
+        """`target` is where `dial` goes, for messages."""
+        self._target = target
         self.key = key
         self.sessions_max = sessions_max
         self.frame_bytes_max = options.frame_bytes_max
@@ -122,7 +131,7 @@ class Lane:
         self._wake.set()
         self._runner.cancel()
         await asyncio.wait({self._runner})
-        self._lose_all(NotOpen("the client was closed"))
+        self._lose_all(NotOpen("the client was closed while the session was open"))
 
     # --- connections -----------------------------------------------------------------------------
 
@@ -203,13 +212,13 @@ class Lane:
                 await asyncio.wait({reader}, timeout=1.0)
                 return reader.result() if reader.done() else writer.result()
             if self._drained:
-                return ServerDraining("the server is stopping", reason="SERVER_DRAINING")
+                return ServerDraining("the server is shutting down", reason="SERVER_DRAINING")
             if attention in done:
                 continue
             silent_seconds = self._loop.time() - max(self._heard, self._asked)
             if self._asked and silent_seconds > self._options.silence_seconds_max:
                 return TransportError(
-                    f"the server was silent for {silent_seconds:.0f} s", reason="TRANSPORT"
+                    f"no answer from {self._target} for {silent_seconds:.0f} s", reason="TRANSPORT"
                 )
             self._post(Request(heartbeat=session_pb2.HeartbeatFrame(nonce=1)))
 
@@ -241,9 +250,10 @@ class Lane:
                     self._asked = self._loop.time()
                 await call.write(frame)
         except grpc.aio.AioRpcError as error:
-            return error_from_call(error)
-        except asyncio.InvalidStateError as error:  # the call is done already
-            return TransportError(str(error), reason="TRANSPORT")
+            return error_from_call(error, self._target)
+        except asyncio.InvalidStateError:  # the call is done already
+            message = f"the connection to {self._target} broke"
+            return TransportError(message, reason="TRANSPORT")
 
     def _pack(self) -> Request:
         """Packs the chunks at the head of the queue into one frame, as many as fit."""
@@ -300,7 +310,7 @@ class Lane:
                 if self._drain_seconds is not None and self._all_settled():
                     self._end_draining()
         except grpc.aio.AioRpcError as error:
-            return error_from_call(error)
+            return error_from_call(error, self._target)
 
     def _dispatch(self, frame: Response) -> ConveyorError | None:
         """Hands a frame to whom it concerns.

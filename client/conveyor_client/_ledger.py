@@ -235,8 +235,8 @@ class Ledger:
         """
         if applied_step >= self.next_step:
             raise SessionSuperseded(
-                f"the session is at step {applied_step}, beyond {self.next_step - 1}, the last one"
-                " this client sent: somebody else has stepped it",
+                f"the session is at step {applied_step}, but this client's last one was"
+                f" {self.next_step - 1}: another program steps the same session",
                 reason="SESSION_SUPERSEDED",
             )
         self._drop_doomed()
@@ -246,8 +246,9 @@ class Ledger:
         covered_from = oldest.first_step if oldest else self.next_step
         if applied_step < self.answered_step and covered_from > applied_step + 1:
             raise DataLoss(
-                f"the server is back at step {applied_step} although step {self.answered_step} was"
-                f" answered, and the inputs of step {applied_step + 1} on are not kept any more",
+                f"the server went back to step {applied_step}, although it had answered step"
+                f" {self.answered_step}; the inputs from step {applied_step + 1} on are no longer"
+                " kept to send again",
                 reason="STORE_LOST_WRITES",
             )
         for chunk in reversed(lost):

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Literal, TypeAlias
+from typing import Literal, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from conveyor.v1 import model_pb2, session_pb2
-from conveyor_client._errors import TokenOutOfRange
+from conveyor_client._errors import InvalidField, TokenOutOfRange
 
 FloatArray = npt.NDArray[np.float32]
 Int32Array = npt.NDArray[np.int32]
@@ -29,6 +29,9 @@ OutputValue: TypeAlias = "session_pb2.OutputMode.ValueType"
 DurabilityValue: TypeAlias = "session_pb2.Durability.ValueType"
 OpenModeValue: TypeAlias = "session_pb2.OpenMode.ValueType"
 TraceValue: TypeAlias = "session_pb2.TraceMode.ValueType"
+
+_Word = TypeVar("_Word", bound=str)
+_Number = TypeVar("_Number", bound=int)
 
 _OUTPUT_MODES: dict[Output, OutputValue] = {
     "all": session_pb2.OUTPUT_MODE_ALL,
@@ -50,10 +53,27 @@ _TRACE_MODES: dict[TraceMode, TraceValue] = {
     "summary": session_pb2.TRACE_MODE_SUMMARY,
     "full": session_pb2.TRACE_MODE_FULL,
 }
-OUTPUT_MODES = MappingProxyType(_OUTPUT_MODES)
-DURABILITIES = MappingProxyType(_DURABILITIES)
-OPEN_MODES = MappingProxyType(_OPEN_MODES)
-TRACE_MODES = MappingProxyType(_TRACE_MODES)
+
+
+class _Words(dict[_Word, _Number]):
+    """What the words of a parameter stand for; any other word is refused."""
+
+    def __init__(self, parameter: str, words: dict[_Word, _Number]) -> None:
+        super().__init__(words)
+        self._parameter = parameter
+
+    def __missing__(self, word: object) -> NoReturn:
+        expected = ", ".join(map(repr, self))
+        raise InvalidField(
+            f"{self._parameter} is {word!r}; expected one of {expected}",
+            metadata={"field": self._parameter},
+        )
+
+
+OUTPUT_MODES = MappingProxyType(_Words("output", _OUTPUT_MODES))
+DURABILITIES = MappingProxyType(_Words("durability", _DURABILITIES))
+OPEN_MODES = MappingProxyType(_Words("mode", _OPEN_MODES))
+TRACE_MODES = MappingProxyType(_Words("trace", _TRACE_MODES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +120,7 @@ class TensorSignature:
         if (tokens < 0).any():
             unknown = text[int(np.argmin(tokens))]
             raise TokenOutOfRange(
-                f"the model's vocabulary has no {unknown!r}", reason="TOKEN_OUT_OF_RANGE"
+                f"{unknown!r} is not in the model's vocabulary", reason="TOKEN_OUT_OF_RANGE"
             )
         return tokens
 

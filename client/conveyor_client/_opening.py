@@ -55,7 +55,9 @@ def check_size(request: session_pb2.OpenSessionRequest, model: ModelInfo | None)
     size = request.ByteSize() + _OPEN_OVERHEAD_BYTES
     if bytes_max and size > bytes_max:
         raise MessageTooLarge(
-            f"opening with this memory takes {size} bytes, the server takes {bytes_max}",
+            f"opening with this memory takes {size:,} bytes (the server's"
+            " limits.message_bytes_max is"
+            f" {bytes_max:,})",
             reason="MESSAGE_TOO_LARGE",
         )
 

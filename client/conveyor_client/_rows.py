@@ -19,6 +19,17 @@ from conveyor_client._nouns import FloatArray, ModelInfo, Rows
 
 _FLOAT32 = np.dtype("<f4")
 _INT32 = np.dtype("<i4")
+_KINDS = {
+    "f": "floats",
+    "i": "integers",
+    "u": "integers",
+    "b": "booleans",
+    "c": "complex numbers",
+    "U": "text",
+    "S": "bytes",
+    "M": "dates",
+    "m": "time spans",
+}
 
 
 class RowCodec:
@@ -70,7 +81,7 @@ class RowCodec:
         """
         array = self._array(inputs)
         if not array.size:
-            raise EmptyChunk("there is no step in the chunk", reason="EMPTY_CHUNK")
+            raise EmptyChunk("the input has no steps; expected at least 1", reason="EMPTY_CHUNK")
         if array.dtype != self._dtype:
             array = self._convert(array)
         single = array.ndim == self._step_ndim
@@ -168,7 +179,7 @@ class RowCodec:
             column = np.asarray(cast("npt.ArrayLike", inputs.value(position)))
         except (TypeError, ValueError) as error:
             raise InvalidShape(
-                f"{inputs.noun} {name!r} cannot be read: {error}", reason="INVALID_SHAPE"
+                f"{inputs.noun} {name!r} is not an array of numbers", reason="INVALID_SHAPE"
             ) from error
         if column.ndim > 1 or column.dtype.kind not in ("fiub" if self._step_ndim else "iu"):
             what = "numbers" if self._step_ndim else "integers"
@@ -188,17 +199,20 @@ class RowCodec:
             raise self._wrong_shape(array)
         narrow = array.astype(_INT32)
         if not np.array_equal(narrow, array):
-            raise TokenOutOfRange("a token does not fit 32 bits", reason="TOKEN_OUT_OF_RANGE")
+            wrong = array[narrow != array].flat[0]
+            raise TokenOutOfRange(
+                f"token {wrong} does not fit into 32 bits", reason="TOKEN_OUT_OF_RANGE"
+            )
         return narrow
 
     def _wrong_shape(self, array: npt.NDArray[np.generic]) -> InvalidShape:
         if self._step_ndim == 0:
-            wanted = "an integer for one step or integers of shape (K,) for a chunk"
+            wanted = "one integer for a step, or integers of shape (K,) for K steps"
         else:
-            wanted = f"shape ({self._row_elements},) for one step or (K, {self._row_elements})"
+            size = self._row_elements
+            wanted = f"numbers of shape ({size},) for a step, or (K, {size}) for K steps"
         return InvalidShape(
-            f"this model takes {wanted}, not {array.dtype.name} of shape {array.shape}",
-            reason="INVALID_SHAPE",
+            f"got {_described(array)}; this model takes {wanted}", reason="INVALID_SHAPE"
         )
 
 
@@ -232,21 +246,27 @@ def pack_memory(memory: npt.ArrayLike) -> session_pb2.Memory:
         _check_mask(memory, "memory")
         array = np.asarray(memory)
     except ValueError as error:  # rows of different lengths
-        raise _invalid_memory(str(error)) from error
-    if array.dtype.kind not in "fiub":
-        raise _invalid_memory(f"a memory is of real numbers, not {array.dtype.name}")
-    if array.ndim != 2 or not array.size:
+        raise _invalid_memory("the rows of the memory have different lengths") from error
+    if array.dtype.kind not in "fiub" or array.ndim != 2 or not array.size:
         raise _invalid_memory(
-            f"a memory has shape (rows, elements), at least one of each, not {array.shape}"
+            f"got {_described(array)}; a memory is real numbers of shape (rows, elements), at least"
+            " one of each"
         )
     with np.errstate(over="ignore"):
         packed = array.astype(_FLOAT32)
     if not np.isfinite(packed).all():
         row = int(np.argmin(np.isfinite(packed).all(axis=1)))
         raise NonFiniteInput(
-            f"row {row} of the memory is not finite in float32", reason="NON_FINITE_INPUT"
+            f"row {row} of the memory has a value that is not a finite float32 number",
+            reason="NON_FINITE_INPUT",
         )
     return session_pb2.Memory(length=packed.shape[0], rows=packed.tobytes())
+
+
+def _described(array: npt.NDArray[np.generic]) -> str:
+    """An array in words, as in "text of shape (2, 3)"."""
+    what = _KINDS.get(array.dtype.kind, "values that are not numbers")
+    return f"{what} of shape {array.shape}" if array.ndim else f"{what}, a single value"
 
 
 def _check_mask(values: object, what: str) -> None:

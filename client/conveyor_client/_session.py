@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Self
 
 from conveyor.v1 import session_pb2
 from conveyor_client._attachment import Attachment
-from conveyor_client._errors import ConveyorError, DeadlineExceeded, NotOpen, SessionNotFound
+from conveyor_client._errors import (
+    NOT_OPENED,
+    ConveyorError,
+    DeadlineExceeded,
+    NotOpen,
+    SessionNotFound,
+)
 from conveyor_client._generation import Generation
 from conveyor_client._nouns import (
     TRACE_MODES,
@@ -77,7 +83,7 @@ class Session:
             NotOpen: It was never opened.
         """
         if self._attachment.opened is None:
-            raise NotOpen("the session was not opened")
+            raise NotOpen(NOT_OPENED)
         return self._attachment.opened.model
 
     @property
@@ -147,7 +153,9 @@ class Session:
             async with asyncio.timeout(seconds):
                 await attachment.open()
         except TimeoutError as error:
-            raise DeadlineExceeded(f"the session was not open within {seconds} s") from error
+            raise DeadlineExceeded(
+                f"the session could not be opened within {seconds:g} s"
+            ) from error
 
     async def close(self, *, timeout_seconds: float | None = None) -> None:
         """Ends the session on the server; what was sent before runs first.
@@ -169,7 +177,9 @@ class Session:
                 with suppress(SessionNotFound):
                     await self._client.close_session(self.session_id, timeout_seconds=seconds)
         finally:
-            attachment.end(NotOpen("the session was closed"))
+            attachment.end(
+                NotOpen("the session is closed; make another one with client.session(...)")
+            )
 
     async def detach(self, *, timeout_seconds: float | None = None) -> None:
         """Lets go of the session and leaves it alive on the server, to be resumed within its lease.
@@ -190,7 +200,7 @@ class Session:
             async with attachment.exclusively(seconds):
                 await attachment.give_handle_back(detach=True, seconds=seconds)
         finally:
-            attachment.end(NotOpen("the session was detached"))
+            attachment.end(NotOpen("the session is detached; go on with client.resume(session_id)"))
 
     # --- stepping --------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from conveyor_client import _errors as e
+from conveyor_client._transport import call_message
 
 ERROR_DOMAIN = "conveyor"
 
@@ -107,7 +108,7 @@ def error_from_status(status: status_pb2.Status) -> e.ConveyorError:
     code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
     reason, metadata, retry_after_seconds = _read_details(status)
     if reason is None:
-        return _error_without_reason(code, status.message, retry_after_seconds)
+        return _error_without_reason(code, status.message, "", retry_after_seconds)
     cls = CLASS_OF_REASON.get(reason) or CLASS_OF_CODE.get(code, e.ConveyorError)
     return cls(
         status.message or reason,
@@ -118,11 +119,15 @@ def error_from_status(status: status_pb2.Status) -> e.ConveyorError:
     )
 
 
-def error_from_call(error: grpc.aio.AioRpcError) -> e.ConveyorError:
+def error_from_call(
+    error: grpc.aio.AioRpcError, target: str = "", timeout_seconds: float | None = None
+) -> e.ConveyorError:
     """Translates what a failed call raised.
 
     Args:
         error: The exception of grpc.aio.
+        target: Where the server should be, for the message.
+        timeout_seconds: How long the call was given, if it had a timeout.
 
     Returns:
         The exception to raise `from` it.
@@ -130,7 +135,9 @@ def error_from_call(error: grpc.aio.AioRpcError) -> e.ConveyorError:
     status = _read_status(error)
     if status is not None:
         return error_from_status(status)
-    return _error_without_reason(error.code(), error.details() or "", None)
+    code, details = error.code(), error.details() or ""
+    message = call_message(code, details, target, timeout_seconds)
+    return _error_without_reason(code, details, message, None)
 
 
 def _read_status(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:
@@ -160,13 +167,13 @@ def _read_details(status: status_pb2.Status) -> tuple[str | None, dict[str, str]
 
 
 def _error_without_reason(
-    code: grpc.StatusCode, message: str, retry_after_seconds: float | None
+    code: grpc.StatusCode, details: str, message: str, retry_after_seconds: float | None
 ) -> e.ConveyorError:
     cls = CLASS_OF_CODE.get(code, e.ConveyorError)
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
         cls = e.MessageTooLarge  # the transport's own check of the message size
     return cls(
-        message or code.name,
+        message or details or code.name,
         reason="TRANSPORT" if issubclass(cls, e.TransportError) else "UNSPECIFIED",
         code=code,
         retry_after_seconds=retry_after_seconds,

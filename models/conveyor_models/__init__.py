@@ -15,6 +15,7 @@ from conveyor_models.cells import (
     rnn_cell,
 )
 from conveyor_models.errors import (
+    AmbiguousModuleError,
     BundleError,
     BundleFileError,
     ImporterMissingError,
@@ -37,6 +38,7 @@ from conveyor_models.repository import FoundBundle, RepositoryListing, add_bundl
 from conveyor_models.spec import AttentionSpec, ModelSpec, parse_spec
 
 __all__ = [
+    "AmbiguousModuleError",
     "AttentionSpec",
     "AttentionWeights",
     "Bundle",

@@ -91,7 +91,7 @@ def load_spec(folder: Path) -> ModelSpec:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise SpecError(f"not UTF-8 text: {error}", path=folder / SPEC_FILE) from error
+        raise SpecError("not text in UTF-8", path=folder / SPEC_FILE) from error
     return parse_spec(text, source=folder / SPEC_FILE)
 
 
@@ -173,20 +173,28 @@ def _check_header(
 ) -> None:
     """Refuses a header that does not announce exactly the tensors expected."""
     if len(data) < 8:
-        raise WeightsError(f"{len(data)} bytes, too short for a safetensors file", path=path)
+        raise WeightsError(
+            f"not a safetensors file: it has only {len(data)} bytes; is the download complete?",
+            path=path,
+        )
     (header_bytes,) = struct.unpack_from("<Q", data)
     if header_bytes > header_bytes_max:
         raise WeightsError(
-            f"header of {header_bytes} bytes, expected at most {header_bytes_max}", path=path
+            f"not a safetensors file for this model.toml: its header would have {header_bytes:,}"
+            f" bytes; expected at most {header_bytes_max:,}",
+            path=path,
         )
     if header_bytes > len(data) - 8:
-        raise WeightsError(f"header of {header_bytes} bytes is cut off", path=path)
+        raise WeightsError(
+            f"the file ends within its header of {header_bytes:,} bytes; is the download complete?",
+            path=path,
+        )
     try:
         parsed: object = json.loads(data[8 : 8 + header_bytes], object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"header is not valid JSON: {error}", path=path) from error
+        raise WeightsError(f"the header is not valid JSON: {error}", path=path) from error
     if not isinstance(parsed, dict):
-        raise WeightsError("header is not a JSON object", path=path)
+        raise WeightsError("the header is not a JSON object", path=path)
     header = cast("dict[str, Any]", parsed)
     header.pop("__metadata__", None)
     _check_names(path, header.keys(), shapes)
@@ -195,7 +203,9 @@ def _check_header(
         found = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
         if found.get("dtype") != "F32":
             raise WeightsError(
-                f"tensor {name}: dtype {found.get('dtype')!r}, expected 'F32'", path=path, key=name
+                f"tensor {name}: type {found.get('dtype')}, expected F32",
+                path=path,
+                key=name,
             )
         if found.get("shape") != list(shape):
             raise WeightsError(
@@ -209,7 +219,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
-            raise ValueError(f"{name!r} stands there more than once")
+            raise ValueError(f"duplicate {name!r}")
         values[name] = value
     return values
 
@@ -223,7 +233,9 @@ def _check_names(path: Path, found: object, shapes: Mapping[str, Shape]) -> None
         raise WeightsError(f"missing tensor {_listed(missing)}{also}", path=path, key=missing[0])
     if extra:
         raise WeightsError(
-            f"tensor {_listed(extra)} is not one that {SPEC_FILE} asks for", path=path, key=extra[0]
+            f"tensor {_listed(extra)} is not one that {SPEC_FILE} asks for",
+            path=path,
+            key=extra[0],
         )
 
 
@@ -238,7 +250,9 @@ def _check_weights(path: Path, weights: Mapping[str, Tensor], shapes: Mapping[st
         tensor = weights[name]
         if tensor.dtype != torch.float32:
             raise WeightsError(
-                f"tensor {name}: dtype {tensor.dtype}, expected torch.float32", path=path, key=name
+                f"tensor {name}: type {str(tensor.dtype).removeprefix('torch.')}, expected float32",
+                path=path,
+                key=name,
             )
         if tuple(tensor.shape) != shape:
             raise WeightsError(

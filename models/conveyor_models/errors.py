@@ -8,6 +8,7 @@ BundleError                      anything that keeps a bundle from being used
 ├── ImportFileError              a file to import is damaged, too large, or not of its format
 ├── ImporterMissingError         what reads the format is not installed
 └── UnsupportedModuleError       a model has something that the bundle format cannot express
+    └── AmbiguousModuleError     a file can be understood in several ways; options decide
 
 Every message names the file and the key or the tensor, what was found there and what was expected,
 so that it can be printed as it is.
@@ -59,6 +60,25 @@ class ImporterMissingError(BundleError):
 class UnsupportedModuleError(BundleError):
     """A model of another framework has something that the bundle format cannot express.
 
-    It is refused, not approximated, and `key` is the layer, node or tensor. The same where a file
-    can be understood in two ways: the message says which option decides.
+    It is refused, not approximated, and `key` is the layer, node or tensor.
     """
+
+
+class AmbiguousModuleError(UnsupportedModuleError):
+    """A file can be understood in more than one way, and the message says which options decide.
+
+    Attributes:
+        answers: options of `conveyor-server models import` that would do, one tuple for each
+            way in which the file can be understood.
+    """
+
+    def __init__(
+        self, message: str, *, key: str | None = None, answers: tuple[tuple[str, ...], ...] = ()
+    ) -> None:
+        super().__init__(message, key=key)
+        self.answers = answers
+
+
+def os_reason(error: OSError) -> str:
+    """Why the operating system refused, without the number of the error."""
+    return (error.strerror or str(error)).lower()

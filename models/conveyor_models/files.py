@@ -7,7 +7,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from conveyor_models.errors import BundleFileError
+from conveyor_models.errors import BundleFileError, os_reason
 
 
 def read_inside(
@@ -39,13 +39,15 @@ def read_inside(
                 raise BundleFileError("is not a regular file", path=path, key=name)
             if found.st_size > bytes_max:
                 raise BundleFileError(
-                    f"{found.st_size} bytes, expected at most {bytes_max}", path=path, key=name
+                    f"has {found.st_size} bytes, expected at most {bytes_max}",
+                    path=path,
+                    key=name,
                 )
             data = file.read(found.st_size + 1)  # as much is set aside for it at once
     except OSError as error:
-        raise BundleFileError(f"cannot be read: {error.strerror}", path=path, key=name) from error
+        raise BundleFileError(f"cannot be read: {os_reason(error)}", path=path, key=name) from error
     if len(data) != found.st_size:
-        raise BundleFileError("changed while it was read", path=path, key=name)
+        raise BundleFileError("changed while it was being read; try again", path=path, key=name)
     return data
 
 

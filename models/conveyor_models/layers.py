@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Final, Literal, Self, TypeAlias, cast
 
 from pydantic import BeforeValidator, Field, StrictBool, field_validator, model_validator
 
+from conveyor_models.problems import shown
 from conveyor_models.tables import Shape, Size, Table
 
 Direction: TypeAlias = Literal["forward", "reverse", "bidirectional"]
@@ -129,7 +130,7 @@ class GatedLayer(RecurrentLayer):
     def _slope_has_a_use(self) -> Self:
         if "hard_sigmoid_slope" in self.model_fields_set and self.gate_activation == "sigmoid":
             raise ValueError(
-                'hard_sigmoid_slope: there is one, but gate_activation is not "hard_sigmoid"'
+                'hard_sigmoid_slope: only used with gate_activation = "hard_sigmoid"; remove it'
             )
         return self
 
@@ -157,12 +158,14 @@ class LstmLayer(GatedLayer):
     def _options_fit(self) -> Self:
         if self.projection is not None and self.projection >= self.size:
             raise ValueError(
-                f"projection: {self.projection} is not below the layer's size {self.size}"
+                f"projection: found {self.projection}; expected less than the layer's size"
+                f" {self.size}"
             )
         if len(set(self.peepholes)) != len(self.peepholes):
-            raise ValueError("peepholes: one stands there more than once")
+            twice = next(gate for gate in self.peepholes if self.peepholes.count(gate) > 1)
+            raise ValueError(f"peepholes: duplicate {twice!r}")
         if self.coupled and "input" in self.peepholes:
-            raise ValueError("peepholes: a coupled layer has no input gate of its own")
+            raise ValueError("peepholes: a coupled layer has no input gate; remove 'input'")
         return self
 
     @property
@@ -228,9 +231,7 @@ def _refuse_unknown_cell(value: object) -> object:
     if isinstance(value, dict) and "cell" in value:
         cell = cast("dict[str, object]", value)["cell"]
         if cell not in KNOWN_CELLS:
-            raise ValueError(
-                f"cell: {cell!r} is not one of the known ones: {', '.join(KNOWN_CELLS)}"
-            )
+            raise ValueError(f"cell: found {shown(cell)}; expected one of {', '.join(KNOWN_CELLS)}")
     return cast("object", value)
 
 

@@ -26,7 +26,7 @@ from conveyor_models.bundle import (
     load_spec,
     save_bundle,
 )
-from conveyor_models.errors import BundleError, RepositoryError
+from conveyor_models.errors import BundleError, RepositoryError, os_reason
 from conveyor_models.spec import ModelSpec
 
 FOLDERS_MAX: Final = 4_096
@@ -114,13 +114,13 @@ def add_bundle(
         folder.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder))
     except OSError as error:
-        raise RepositoryError(f"cannot be written: {error.strerror}", path=folder) from error
+        raise RepositoryError(f"cannot be written: {os_reason(error)}", path=folder) from error
     try:
         save_bundle(draft / "new", spec, weights)
         target.parent.mkdir(exist_ok=True)
         _exchange(draft / "new", target, draft / "old")
     except OSError as error:
-        raise RepositoryError(f"cannot be written: {error.strerror}", path=target) from error
+        raise RepositoryError(f"cannot be written: {os_reason(error)}", path=target) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return load_bundle(target)
@@ -143,11 +143,18 @@ def _check_room(folder: Path, base: Path, target: Path, *, versioned: bool, repl
     if base.exists():
         _check_inside(folder, base)
         if versioned and (base / SPEC_FILE).exists():
-            raise RepositoryError("is a bundle itself, so it has no versions", path=base)
+            raise RepositoryError(
+                "is a bundle itself, so it cannot hold versions; move it to NAME/VERSION/ first",
+                path=base,
+            )
         if not versioned and any(_VERSION.fullmatch(path.name) for path in _folders(base)):
-            raise RepositoryError("has versions already, so say which this is", path=base)
+            raise RepositoryError(
+                "has versions already; give this one a version too (--version)", path=base
+            )
     if os.path.lexists(target) and not replace and (not target.is_dir() or any(target.iterdir())):
-        raise RepositoryError("is there already, and is not replaced unless told", path=target)
+        raise RepositoryError(
+            "exists already; replace it (--replace), or choose another name or version", path=target
+        )
 
 
 def _scan_name(
@@ -159,7 +166,7 @@ def _scan_name(
         # With neither model.toml nor versions this says what is missing.
         bundles.append(_found(folder, name=folder.name, version=None))
         problems.extend(
-            RepositoryError(f"not looked at, as {folder.name}/ is a bundle itself", path=path)
+            RepositoryError(f"ignored, because {folder.name}/ is a bundle itself", path=path)
             for path in versions
         )
         return
@@ -176,11 +183,13 @@ def _found(folder: Path, name: str, version: int | None) -> FoundBundle:
     path = folder / SPEC_FILE
     if spec.name != name:
         raise RepositoryError(
-            f"name: {spec.name!r}, expected {name!r} as its folder is called", path=path, key="name"
+            f"name: found {spec.name!r}; expected {name!r}, the name of its folder",
+            path=path,
+            key="name",
         )
     if version is not None and spec.version != version:
         raise RepositoryError(
-            f"version: {spec.version}, expected {version} as its folder is called",
+            f"version: found {spec.version}; expected {version}, the name of its folder",
             path=path,
             key="version",
         )
@@ -198,9 +207,11 @@ def _folders(folder: Path) -> list[Path]:
             path for path in folder.iterdir() if path.name[0] not in "._" and path.is_dir()
         )
     except OSError as error:
-        raise RepositoryError(f"cannot be listed: {error.strerror}", path=folder) from error
+        raise RepositoryError(f"cannot be listed: {os_reason(error)}", path=folder) from error
     if len(found) > FOLDERS_MAX:
-        raise RepositoryError(f"{len(found)} folders, expected at most {FOLDERS_MAX}", path=folder)
+        raise RepositoryError(
+            f"holds {len(found)} folders, expected at most {FOLDERS_MAX}", path=folder
+        )
     return found
 
 

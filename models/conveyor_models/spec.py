@@ -15,6 +15,7 @@ from pydantic import Field, StrictBool, ValidationError, model_validator
 
 from conveyor_models.errors import SpecError
 from conveyor_models.layers import Layer
+from conveyor_models.problems import found_instead
 from conveyor_models.tables import SIZE_MAX, Shape, Size, Table
 
 LAYERS_MAX: Final = 64
@@ -24,6 +25,11 @@ WEIGHT_VALUES_MAX: Final = 2**30
 """Most numbers the weights of one model may hold: 4 GiB of float32."""
 PROBLEMS_SHOWN_MAX: Final = 8
 
+_NAME: Final = r"\A[a-z0-9][a-z0-9_-]{0,62}\z"
+_PATTERNS: Final = {
+    _NAME: "1 to 63 characters of a-z 0-9 _ -, the first one a letter or a digit",
+}
+
 Label = Annotated[str, Field(min_length=1, max_length=LABEL_CHARACTERS_MAX)]
 Labels = Annotated[tuple[Label, ...], Field(max_length=SIZE_MAX)]
 
@@ -32,11 +38,11 @@ def _check_labels(labels: tuple[str, ...] | None, size: int) -> None:
     if labels is None:
         return
     if len(labels) != size:
-        raise ValueError(f"labels: {len(labels)} of them, expected exactly {size}")
+        raise ValueError(f"labels: found {len(labels):,}; expected exactly {size:,}")
     seen: set[str] = set()
     for label in labels:
         if label in seen:
-            raise ValueError(f"labels: {label!r} stands there more than once")
+            raise ValueError(f"labels: duplicate label {label!r}")
         seen.add(label)
 
 
@@ -116,7 +122,7 @@ class ModelSpec(Table):
     """
 
     schema_version: Annotated[Literal[1], Field(alias="schema")]
-    name: Annotated[str, Field(pattern=r"\A[a-z0-9][a-z0-9_-]{0,62}\z")]
+    name: Annotated[str, Field(pattern=_NAME)]
     version: Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)] = 1
     description: Annotated[str, Field(max_length=DESCRIPTION_CHARACTERS_MAX)] = ""
     input: InputSpec
@@ -130,9 +136,9 @@ class ModelSpec(Table):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         if self.input.kind == "tokens" and self.embedding is None:
-            raise ValueError("embedding: missing, and an input of tokens needs one")
+            raise ValueError("embedding: missing; an input of tokens needs one")
         if self.input.kind == "features" and self.embedding is not None:
-            raise ValueError("embedding: there is one, but an input of features has no use for it")
+            raise ValueError("embedding: not used with an input of features; remove the table")
         self._check_attention()
         try:
             _check_labels(self.output.labels, self.output_size)
@@ -140,21 +146,23 @@ class ModelSpec(Table):
             raise ValueError(f"output.{error}") from error
         if self.weight_values > WEIGHT_VALUES_MAX:
             raise ValueError(
-                f"sizes: they add up to {self.weight_values} weights,"
-                f" expected at most {WEIGHT_VALUES_MAX}"
+                f"sizes: they add up to {self.weight_values:,} weights;"
+                f" expected at most {WEIGHT_VALUES_MAX:,}"
             )
         return self
 
     def _check_attention(self) -> None:
         if self.attention is None:
             if self.limits.memory_rows_max is not None:
-                raise ValueError("limits.memory_rows_max: there is one, but no attention")
+                raise ValueError(
+                    "limits.memory_rows_max: not used without attention; remove the key"
+                )
             return
         if self.attention.head and self.head is None:
-            raise ValueError("attention.head: true, and there is no head")
+            raise ValueError("attention.head: true, but there is no [head]")
         if not self.streamable:
             raise ValueError(
-                "attention: it looks back at h step by step, so every layer has to run forward"
+                "attention: needs h step by step, so every layer must have the direction forward"
             )
 
     @property
@@ -305,14 +313,19 @@ def parse_spec(text: str, source: Path | None = None) -> ModelSpec:
     try:
         return ModelSpec.model_validate(values)
     except ValidationError as error:
-        details = error.errors(include_url=False)
-        # A table whose parts are at fault is reported by pydantic as well; the parts say it better.
-        blamed = {detail["loc"][:end] for detail in details for end in range(len(detail["loc"]))}
-        problems = [_problem(dict(detail)) for detail in details if detail["loc"] not in blamed]
-        shown = "; ".join(text for _, text in problems[:PROBLEMS_SHOWN_MAX])
-        if len(problems) > PROBLEMS_SHOWN_MAX:
-            shown += f"; and {len(problems) - PROBLEMS_SHOWN_MAX} more"
-        raise SpecError(shown, path=source, key=problems[0][0]) from error
+        raise spec_error(error, source) from error
+
+
+def spec_error(error: ValidationError, source: Path | None = None) -> SpecError:
+    """What is wrong with a model.toml, by the keys at fault; `source`: the file it came from."""
+    details = error.errors(include_url=False)
+    # A table whose parts are at fault is reported by pydantic as well; the parts say it better.
+    blamed = {detail["loc"][:end] for detail in details for end in range(len(detail["loc"]))}
+    problems = [_problem(dict(detail)) for detail in details if detail["loc"] not in blamed]
+    listed = "; ".join(text for _, text in problems[:PROBLEMS_SHOWN_MAX])
+    if len(problems) > PROBLEMS_SHOWN_MAX:
+        listed += f"; and {len(problems) - PROBLEMS_SHOWN_MAX} more"
+    return SpecError(listed, path=source, key=problems[0][0])
 
 
 def _problem(detail: dict[str, Any]) -> tuple[str, str]:
@@ -332,10 +345,7 @@ def _problem(detail: dict[str, Any]) -> tuple[str, str]:
             # Our own validators name the key themselves, relative to the table they look at.
             key, _, said = str(detail["ctx"]["error"]).partition(": ")
             location.append(key)
-        case _:
-            found = repr(detail["input"])
-            found = found if len(found) <= 80 else found[:77] + "..."
-            expected = detail["msg"]
-            said = f"found {found}; {expected[0].lower()}{expected[1:]}"
+        case kind:
+            said = found_instead(detail["input"], kind, detail.get("ctx", {}), _PATTERNS)
     key = ".".join(location)[:200]
     return key, f"{key}: {said}"

@@ -1,9 +1,11 @@
 """The only place that wires objects: it starts, drains and stops the server in order."""
 
 import asyncio
+import ctypes
 import gc
 import json
 import logging
+import os
 import signal
 import sys
 import uuid
@@ -12,17 +14,21 @@ from collections.abc import Iterable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import start_http_server
 
+from conveyor.install import install_command
 from conveyor_server.admission.admission import Admission
 from conveyor_server.clock import SystemClock
 from conveyor_server.config import Config, TracingConfig
 from conveyor_server.core import SessionState, Tier
 from conveyor_server.descriptors import DescriptorWatch, connections_that_fit, raise_limit
-from conveyor_server.engine.engine import TorchEngine, choose_device
+from conveyor_server.engine.devices import choose_device
+from conveyor_server.engine.engine import TorchEngine
+from conveyor_server.errors import os_error_text
+from conveyor_server.hangup import HangUp
 from conveyor_server.metrics import Labels, Metrics
 from conveyor_server.reload import Reloader
 from conveyor_server.rpc.results import ResultsBudget
@@ -43,6 +49,11 @@ GIL_SWITCH_SECONDS: Final = 0.0005
 
 The default of 5 ms would be felt between the event loop and the engine's thread.
 """
+M_ARENA_MAX: Final = -8
+"""The number of that parameter in glibc's malloc.h."""
+MALLOC_ARENAS_MAX: Final = 2
+EXIT_DEVICE_LOST: Final = 3
+"""Exit status of a process whose device failed for good."""
 SERVER_LIMITS: Final = (
     "sessions_max",
     "streams_max",
@@ -71,7 +82,7 @@ class App:
         """Builds everything; nothing runs yet.
 
         Raises:
-            DeviceError: The configured device is not there.
+            DeviceError: The configured device is not there, or cannot be used.
             StartError: Calls are to be traced and the extra for it is not installed.
         """
         self._config = config = _with_connections_that_fit(config)
@@ -83,7 +94,9 @@ class App:
             self._device,
             cpu_threads=config.engine.cpu_threads,
             slots=config.engine.slots,
+            batch_sessions_max=config.engine.batch_sessions_max,
             verify_same_bits=config.engine.verify_same_bits,
+            on_lost=self._end_at_once,
         )
         self._models = ModelTable(dropped=self._engine.remove)
         self._store = MemoryStore()
@@ -111,7 +124,7 @@ class App:
         self._declare_gauges()
 
     async def run(self) -> None:
-        """Serves until SIGTERM or SIGINT.
+        """Serves until SIGTERM or SIGINT, or until its terminal is closed.
 
         Raises:
             StartError: There is no model to serve, or the ready file cannot be written.
@@ -119,6 +132,7 @@ class App:
             ServerBroken: It stopped by a mistake of its own.
         """
         sys.setswitchinterval(GIL_SWITCH_SECONDS)
+        _few_malloc_arenas()
         self._clear_ready_file()
         server = GrpcServer(
             Services(
@@ -140,9 +154,13 @@ class App:
         reloader = Reloader(
             self._config, self._engine, self._models, self._driver, server.set_model_serving
         )
+        HangUp(reloader.request, self._stop_asked.set).listen()
         await reloader.look()
         if not list(self._models):
-            raise StartError(f"{self._config.models.folder}: no model there can be served")
+            raise StartError(
+                f"models.folder: {self._config.models.folder} has no model that can be served;"
+                " the log lines above and `conveyor-server check` say why"
+            )
         reloader.start()
         metrics_address, metrics_server = self._serve_metrics()
         _quiet_garbage_collector()
@@ -157,12 +175,29 @@ class App:
         if metrics_server is not None:
             metrics_server.shutdown()
         if self._broken:
-            raise ServerBroken("the server stopped by a mistake of its own; its log has it")
+            raise ServerBroken("the server stopped because of an internal error; see its log")
 
     def _break(self) -> None:
         """The driver ticks no more."""
         self._broken = True
         self._stop_asked.set()
+
+    def _end_at_once(self, error: RuntimeError) -> NoReturn:
+        """Ends the process on whatever thread this is: no session can be stepped or saved here.
+
+        Nothing is drained. What runs would wait for the device, and callers learn soonest from a
+        connection that breaks off that they have to look elsewhere.
+        """
+        _log.critical(
+            "the device is lost; the process ends",
+            exc_info=error,
+            extra={
+                "device": str(self._device),
+                "sessions": len(self._scheduler.sessions),
+                "exit_status": EXIT_DEVICE_LOST,
+            },
+        )
+        os._exit(EXIT_DEVICE_LOST)
 
     async def _stop(self, server: GrpcServer) -> None:
         _log.info("draining", extra={"sessions": len(self._scheduler.sessions)})
@@ -189,7 +224,10 @@ class App:
                 int(port), addr=host.strip("[]"), registry=self._metrics.registry
             )
         except (OSError, ValueError) as error:
-            raise AddressError(f"cannot listen on {listen}: {error}") from error
+            why = os_error_text(error) if isinstance(error, OSError) else str(error)
+            raise AddressError(
+                f"listen.metrics_address: cannot listen on {listen}: {why}"
+            ) from error
         return f"{host}:{server.server_port}", server
 
     def _clear_ready_file(self) -> None:
@@ -205,7 +243,7 @@ class App:
             file.unlink(missing_ok=True)
             _partial(file).touch()
         except OSError as error:
-            raise StartError(f"listen.ready_file: {file}: {error.strerror}") from error
+            raise StartError(f"listen.ready_file: {os_error_text(error, file)}") from error
 
     def _announce(self, address: str, metrics_address: str) -> None:
         _log.info("serving", extra={"address": address, "metrics_address": metrics_address})
@@ -214,8 +252,11 @@ class App:
             # Written beside and renamed, so that whoever waits for it never reads half of it.
             partial = _partial(file)
             ready = {"address": address, "metrics_address": metrics_address}
-            partial.write_text(json.dumps(ready), encoding="utf-8")
-            partial.replace(file)
+            try:
+                partial.write_text(json.dumps(ready), encoding="utf-8")
+                partial.replace(file)
+            except OSError as error:  # the disk is full, for instance
+                raise StartError(f"listen.ready_file: {os_error_text(error, file)}") from error
 
     def _declare_gauges(self) -> None:
         gauge = self._metrics.gauge
@@ -321,7 +362,8 @@ def _tracing(config: TracingConfig) -> "Tracing | None":
         from conveyor_server.rpc.tracing import Tracing  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise StartError(
-            f"tracing.endpoint needs `pip install 'conveyor[otel]'`: {error.name} is not installed"
+            f"tracing.endpoint is set and {error.name}, which it needs, is not installed:"
+            f" {install_command('otel')}"
         ) from error
     return Tracing(config)
 
@@ -334,6 +376,17 @@ def _with_connections_that_fit(config: Config) -> Config:
 
 def _partial(file: Path) -> Path:
     return file.with_name(file.name + ".partial")
+
+
+def _few_malloc_arenas() -> None:
+    """Lets gRPC's threads share the C library's memory.
+
+    As a rule glibc has eight arenas for each processor, and each keeps the largest messages that
+    its threads once held.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc and musl have it, and the latter ignores it
+        mallopt(M_ARENA_MAX, MALLOC_ARENAS_MAX)
 
 
 def _quiet_garbage_collector() -> None:

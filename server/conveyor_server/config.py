@@ -28,13 +28,26 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from conveyor_server.environment import (
+    DELIMITER,
+    PREFIX,
+    TOKENS,
+    TOKENS_FORM,
+    environment_problems,
+    other_case,
+)
+from conveyor_server.errors import os_error_text
+
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 PORT_MAX = 65_535
-ENV_PREFIX = "CONVEYOR_"
-ENV_RESERVED = frozenset({"CONVEYOR_CONFIG", "CONVEYOR_TARGET", "CONVEYOR_TOKEN"})
-"""Read by the commands themselves."""
+_DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+_ENDPOINT = r"^(https?://[^/\s]+)?$"
+_PATTERNS = {
+    _DEVICE: "auto, cpu, cuda or cuda:N",
+    _ENDPOINT: "http://HOST:PORT, https://HOST:PORT or nothing",
+}
 
 
 class ConfigError(Exception):
@@ -68,7 +81,7 @@ class ListenConfig(_Section):
         host, _, port = address.rpartition(":")
         usable = bool(host) and port.isascii() and port.isdecimal() and int(port) <= PORT_MAX
         if not usable and not (info.field_name == "metrics_address" and not address):
-            raise ValueError(f"not host:port with a port of 0 to {PORT_MAX}")
+            raise ValueError(f"found {address!r}; expected host:port, the port 0 to {PORT_MAX}")
         return address
 
 
@@ -84,8 +97,8 @@ class ModelsConfig(_Section):
 class EngineConfig(_Section):
     """How the arithmetic runs."""
 
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """auto takes the first CUDA device there is, else the CPU."""
+    device: str = Field(default="auto", pattern=_DEVICE)
+    """auto takes the first CUDA device that can be used, else the CPU; cuda and cuda:N insist."""
     cpu_threads: int = Field(default=1, ge=1, le=256)
     """Threads of one engine call on a CPU.
 
@@ -253,9 +266,9 @@ class AuthConfig(_Section):
     def _tokens_usable(cls, tokens: dict[str, str]) -> dict[str, str]:
         for token, principal in tokens.items():
             if len(token) < 16:
-                raise ValueError("a token is shorter than 16 characters")
+                raise ValueError("a token has fewer than 16 characters; make it longer")
             if not principal or not principal.isprintable():
-                raise ValueError("a principal is empty or not printable")
+                raise ValueError("a principal is empty or has characters that cannot be printed")
         return tokens
 
 
@@ -276,9 +289,9 @@ class LogConfig(_Section):
 
 
 class TracingConfig(_Section):
-    """OpenTelemetry spans; they need `pip install 'conveyor[otel]'`."""
+    """OpenTelemetry spans; they need the extra `otel`."""
 
-    endpoint: str = Field(default="", pattern=r"^(https?://[^/\s]+)?$")
+    endpoint: str = Field(default="", pattern=_ENDPOINT)
     """Where spans are sent: an OTLP collector that speaks gRPC, as in http://127.0.0.1:4317.
 
     https speaks TLS. Empty: nothing is traced.
@@ -299,8 +312,8 @@ class Config(BaseSettings):
     """All settings of one server process."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX,
-        env_nested_delimiter="__",
+        env_prefix=PREFIX,
+        env_nested_delimiter=DELIMITER,
         extra="forbid",
         frozen=True,
         use_attribute_docstrings=True,
@@ -321,13 +334,13 @@ class Config(BaseSettings):
         limits = self.limits
         if limits.chunk_steps_max > limits.steps_in_flight_max:
             raise ValueError(
-                f"limits.chunk_steps_max is {limits.chunk_steps_max}, more than"
-                f" limits.steps_in_flight_max with {limits.steps_in_flight_max}"
+                f"limits.chunk_steps_max is {limits.chunk_steps_max}; expected at most"
+                f" limits.steps_in_flight_max, which is {limits.steps_in_flight_max}"
             )
         if limits.idle_seconds_default > limits.idle_seconds_max:
             raise ValueError(
-                f"limits.idle_seconds_default is {limits.idle_seconds_default}, more than"
-                f" limits.idle_seconds_max with {limits.idle_seconds_max}"
+                f"limits.idle_seconds_default is {limits.idle_seconds_default:g}; expected at most"
+                f" limits.idle_seconds_max, which is {limits.idle_seconds_max:g}"
             )
         for smaller, larger in (
             ("result_bytes_max", "principal_results_bytes_max"),
@@ -339,7 +352,10 @@ class Config(BaseSettings):
                     f" limits.{larger} with {getattr(limits, larger)}"
                 )
         if (self.listen.tls_certificate_file is None) != (self.listen.tls_key_file is None):
-            raise ValueError("listen: tls_certificate_file and tls_key_file need each other")
+            here, missing = ("tls_certificate_file", "tls_key_file")
+            if self.listen.tls_certificate_file is None:
+                here, missing = missing, here
+            raise ValueError(f"listen.{here} is set, but listen.{missing} is not; set both or none")
         return self
 
     @classmethod
@@ -375,22 +391,37 @@ def load_config(file: Path | None = None, flags: Mapping[str, str] | None = None
         ConfigError: A file that cannot be read, an unknown key or a value out of its range; every
             problem is named.
     """
-    _refuse_unknown_environment()
+    # pydantic-settings reads the variables it knows, in any case, and passes over the others.
+    if problems := list(environment_problems(os.environ, _keys())):
+        raise ConfigError("\n".join(problems))
+    in_file, in_flags = _read_toml(file) if file else {}, _nest(flags or {})
+    if wrong := other_case((*in_file, *in_flags), Config.model_fields):
+        raise ConfigError(
+            "\n".join(f"{name}: unknown section; did you mean {name.lower()}?" for name in wrong)
+        )
     try:
         # Not fields, but what `settings_customise_sources` reads.
         return Config(
-            file=_read_toml(file) if file else {},  # pyright: ignore[reportCallIssue]
-            flags=_nest(flags or {}),  # pyright: ignore[reportCallIssue]
+            file=in_file,  # pyright: ignore[reportCallIssue]
+            flags=in_flags,  # pyright: ignore[reportCallIssue]
         )
     except ValidationError as error:
         problems = [
-            # Section and key only: what lies below is the caller's, a token for instance.
-            ": ".join(filter(None, (".".join(map(str, item["loc"][:2])), _problem(item))))
-            for item in error.errors(include_url=False, include_input=False)
+            ": ".join(filter(None, (_setting(item), _problem(item))))
+            for item in error.errors(include_url=False)
         ]
         raise ConfigError("\n".join(problems)) from error
     except SettingsError as error:
         raise ConfigError(f"environment: {error}") from error
+
+
+def _setting(item: "ErrorDetails") -> str:
+    """Which setting is wrong, without what may be a token."""
+    # Section and key only: what lies below is the caller's.
+    where = item["loc"][:2]
+    if item["type"] == "extra_forbidden" and where[0] == "auth":
+        where = where[:1]
+    return ".".join(map(str, where))
 
 
 def _problem(item: "ErrorDetails") -> str:
@@ -399,10 +430,23 @@ def _problem(item: "ErrorDetails") -> str:
     if item["type"] == "extra_forbidden":
         if len(where) == 1:
             return "unknown section" + _guess(str(where[0]), Config.model_fields)
+        if where[0] == "auth":
+            return (
+                "unknown key, not shown as it may be a token; tokens are given in [auth.tokens], or"
+                f" as {TOKENS}='{TOKENS_FORM}'"
+            )
         return "unknown key" + _guess(str(where[-1]), _keys().get(str(where[0]), ()))
     if item["type"] == "model_type" and len(where) == 1:
-        return "is a section and takes no value of its own"
-    return item["msg"].removeprefix("Value error, ")
+        return "is a section, which has keys and no value of its own"
+    if item["type"] == "value_error":
+        return item["msg"].removeprefix("Value error, ")
+    # Only here, where it is needed: torch comes along.
+    from conveyor_models.problems import expected, found_instead  # noqa: PLC0415
+
+    kind, context = item["type"], item.get("ctx", {})
+    if where[:1] == ("auth",):  # what is found may be a token
+        return f"expected {expected(kind, context, _PATTERNS)}"
+    return found_instead(item["input"], kind, context, _PATTERNS)
 
 
 def _keys() -> dict[str, list[str]]:
@@ -426,7 +470,9 @@ def _read_toml(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from error
+        raise ConfigError(os_error_text(error, file)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not text in UTF-8") from error
     except ValueError as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from error
 
@@ -436,22 +482,6 @@ def _nest(flags: Mapping[str, str]) -> dict[str, Any]:
     for path, value in flags.items():
         section, _, key = path.partition(".")
         if not key:
-            raise ConfigError(f"{path}: not of the form section.key")
+            raise ConfigError(f"{path}: expected SECTION.KEY, as in limits.sessions_max")
         nested.setdefault(section, {})[key] = value
     return nested
-
-
-def _refuse_unknown_environment() -> None:
-    # pydantic-settings reads the variables it knows and passes over the others, so a misspelt one
-    # would be silent.
-    known = {f"{ENV_PREFIX}{name.upper()}" for name in Config.model_fields}
-    for variable in os.environ:
-        if not variable.startswith(ENV_PREFIX) or variable in ENV_RESERVED:
-            continue
-        if variable.partition("__")[0] not in known:
-            named = {
-                f"{ENV_PREFIX}{section}__{key}".upper()
-                for section, keys in _keys().items()
-                for key in keys
-            }
-            raise ConfigError(f"{variable}: unknown environment variable{_guess(variable, named)}")

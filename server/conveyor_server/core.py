@@ -118,6 +118,17 @@ class LayerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class LimitSource:
+    """The setting that a bound of a model comes from."""
+
+    setting: str
+    value: int = 0
+    """The setting's own value; 0: the bound itself."""
+    model: str = ""
+    """The model whose `[limits]` set it; empty where the server's settings did."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """All that the rooms above the engine know of a loaded model."""
 
@@ -145,6 +156,8 @@ class ModelInfo:
     """Elements in a row of what a session attends over; 0 for models without attention."""
     memory_rows_max: int = 0
     """Most such rows that one session may bring."""
+    memory_rows_limit: LimitSource = LimitSource("limits.memory_rows_max")
+    """Why no more."""
 
     @property
     def input_row_bytes(self) -> int:

@@ -66,6 +66,32 @@ are written for the caller: they never hold paths, tracebacks or another caller'
 from typing import ClassVar
 
 
+def limit_text(limit: str, maximum: object, model: str = "") -> str:
+    """As in "limits.sessions_max is 100,000".
+
+    Args:
+        limit: The setting.
+        maximum: Its value.
+        model: The model whose own `[limits]` set it; empty where the server's settings did.
+    """
+    if isinstance(maximum, float) and maximum.is_integer():
+        maximum = int(maximum)
+    value = f"{maximum:,}" if isinstance(maximum, int | float) else str(maximum)
+    return f"{limit} is {value}{f' in the model.toml of {model!r}' if model else ''}"
+
+
+def os_error_text(error: OSError, path: object = None) -> str:
+    """What went wrong with which file, without the number of the error.
+
+    Args:
+        error: What the operating system said.
+        path: The file, where the error does not name the one that was asked for.
+    """
+    named = error.filename if path is None else path
+    why = (error.strerror or str(error) or "the operating system gave no reason").lower()
+    return f"{named}: {why}" if named else why
+
+
 class ConveyorError(Exception):
     """The root. Instances of leaves only are raised.
 
@@ -94,6 +120,11 @@ class ModelNotFound(NotFound):
     """No model of that name, or not in that version."""
 
     reason = "MODEL_NOT_FOUND"
+
+    def __init__(self, message: str, *, hint: str = "", **metadata: object) -> None:
+        """`hint` says what there is instead."""
+        super().__init__(f"{message}; {hint}" if hint else message, **metadata)
+        self.hint = hint
 
 
 class SessionNotFound(NotFound):
@@ -129,7 +160,7 @@ class SessionEvicted(SessionEnded):
 
 
 class InvalidInput(ConveyorError):
-    """The request is wrong in itself, whatever the state of the server."""
+    """The request is invalid, whatever the state of the server."""
 
 
 class InvalidField(InvalidInput):
@@ -167,9 +198,15 @@ class EmptyChunk(InvalidInput):
 
 
 class ChunkTooLong(InvalidInput):
-    """More steps in one chunk than are taken."""
+    """More steps, or more bytes of results, in one chunk than a limit allows."""
 
     reason = "CHUNK_TOO_LONG"
+
+    def __init__(self, message: str, *, limit: str, maximum: object, model: str = "") -> None:
+        """As `LimitExceeded`; with `model` the limit is that model's own."""
+        super().__init__(
+            f"{message} ({limit_text(limit, maximum, model)})", limit=limit, maximum=maximum
+        )
 
 
 class UnknownHandle(InvalidInput):
@@ -213,13 +250,13 @@ class SessionFenced(Conflict):
 
 
 class StepConflict(Conflict):
-    """A step came again with another payload."""
+    """A step was sent again with different input."""
 
     reason = "STEP_CONFLICT"
 
 
 class Precondition(ConveyorError):
-    """The request is sound, but not in this state."""
+    """The request is valid, but not in the current state."""
 
 
 class ModelNotStreamable(Precondition):
@@ -260,13 +297,13 @@ class StepGap(Precondition):
     def __init__(self, first_step: int, expected_step: int) -> None:
         """Names the step that is expected."""
         super().__init__(
-            f"the chunk begins at step {first_step}, the next step is {expected_step}",
+            f"the chunk starts at step {first_step}, but the next step is {expected_step}",
             expected_step=expected_step,
         )
 
 
 class StepResultNotHeld(Precondition):
-    """The step was taken already and its result is forgotten."""
+    """The step ran earlier and its result is no longer kept."""
 
     reason = "STEP_RESULT_NOT_HELD"
 
@@ -276,52 +313,61 @@ class LimitExceeded(ConveyorError):
 
     retry_after_seconds = 1.0
 
-    def __init__(self, message: str, *, limit: str, maximum: object) -> None:
-        """`limit` is the setting's name."""
-        super().__init__(message, limit=limit, maximum=maximum)
+    def __init__(self, message: str, *, limit: str, maximum: object, model: str = "") -> None:
+        """The message ends with the limit and its value.
+
+        Args:
+            message: What happened.
+            limit: The setting's name.
+            maximum: Its value.
+            model: The model whose own `[limits]` set it; empty where the server's settings did.
+        """
+        super().__init__(
+            f"{message} ({limit_text(limit, maximum, model)})", limit=limit, maximum=maximum
+        )
 
 
 class MessageTooLarge(LimitExceeded):
-    """The message is larger than the server takes."""
+    """The message is larger than the limit."""
 
     reason = "MESSAGE_TOO_LARGE"
     retry_after_seconds = None
 
 
 class SessionsLimit(LimitExceeded):
-    """The server holds as many sessions as it may."""
+    """The server has reached its number of sessions, or has no memory for more."""
 
     reason = "SESSIONS_LIMIT"
 
 
 class PrincipalSessionsLimit(LimitExceeded):
-    """The principal holds as many sessions as it may."""
+    """The principal has reached its number of sessions."""
 
     reason = "PRINCIPAL_SESSIONS_LIMIT"
 
 
 class StreamSessionsLimit(LimitExceeded):
-    """The stream holds as many sessions as it may."""
+    """The stream has reached its number of sessions."""
 
     reason = "STREAM_SESSIONS_LIMIT"
 
 
 class StepsInFlightLimit(LimitExceeded):
-    """The session has as many unanswered steps as it may."""
+    """The session has too many steps that are not answered yet."""
 
     reason = "STEPS_IN_FLIGHT_LIMIT"
     retry_after_seconds = 0.05
 
 
 class InboxFull(LimitExceeded):
-    """The scheduler's inbox takes nothing more."""
+    """The scheduler's inbox is full."""
 
     reason = "INBOX_FULL"
     retry_after_seconds = 0.1
 
 
 class StreamsLimit(LimitExceeded):
-    """The server carries as many streams as it may."""
+    """The server has reached its number of streams."""
 
     reason = "STREAMS_LIMIT"
 
@@ -351,13 +397,14 @@ class DeviceOutOfMemory(LimitExceeded):
 
     reason = "DEVICE_OUT_OF_MEMORY"
 
-    @classmethod
-    def of_host(cls) -> "DeviceOutOfMemory":
-        """The memory that is gone is the server's own."""
-        return cls(
-            "the server is out of memory; nothing was applied, try again later",
-            limit="host memory",
-            maximum="host",
+    def __init__(self, device: str) -> None:
+        """`device` is the one that is full."""
+        ConveyorError.__init__(
+            self,
+            f"{device} is out of memory; try again later, or lower engine.slots or"
+            " engine.batch_sessions_max",
+            limit="device memory",
+            maximum=device,
         )
 
 
@@ -384,7 +431,7 @@ class ServerRestarted(DataLost):
 
 
 class StoreLostWrites(DataLost):
-    """The store is another one than the token's."""
+    """The token comes from an earlier run of the server."""
 
     reason = "STORE_LOST_WRITES"
 
@@ -402,7 +449,7 @@ class ServerDraining(Unavailable):
 
     def __init__(self) -> None:
         """Always the same message."""
-        super().__init__("the server is stopping; connect again")
+        super().__init__("the server is shutting down; connect again")
 
 
 class SessionMoved(Unavailable):
@@ -418,13 +465,13 @@ class StoreUnavailable(Unavailable):
 
 
 class DeadlineExceeded(ConveyorError):
-    """The chunk was not begun in time."""
+    """The chunk did not start in time."""
 
     reason = "DEADLINE_EXCEEDED"
 
 
 class EngineFailed(ConveyorError):
-    """The batch failed; every carry in it is as it was."""
+    """The batch failed; every state in it is unchanged."""
 
     reason = "ENGINE_FAILED"
     retry_after_seconds = 0.1
@@ -443,13 +490,13 @@ class Unauthenticated(ConveyorError):
 
 
 class Internal(ConveyorError):
-    """Our own mistake; the details are in the log."""
+    """A fault of the server itself; the details are in the log."""
 
     reason = "INTERNAL"
 
     def __init__(self) -> None:
         """Always the same message."""
-        super().__init__("the server made a mistake; its log has the details")
+        super().__init__("internal error of the server; the details are in its log")
 
 
 def reasons() -> list[str]:

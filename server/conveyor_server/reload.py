@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -27,7 +26,7 @@ SetServing = Callable[[ModelInfo, bool], Awaitable[None]]
 
 
 class Reloader:
-    """Looks through the repository at the start, on SIGHUP and, if so configured, regularly."""
+    """Looks through the repository at the start, on request and, if so configured, regularly."""
 
     def __init__(
         self,
@@ -51,15 +50,16 @@ class Reloader:
         self._stopped = False
 
     def start(self) -> None:
-        """Looks again on SIGHUP and as often as configured, on the running loop."""
-        asyncio.get_running_loop().add_signal_handler(
-            signal.SIGHUP, lambda: self._spawn(self._look_and_survive)
-        )
+        """Looks again as often as configured, on the running loop."""
         if self._every_seconds:
             self._spawn(self._look_regularly)
 
+    def request(self) -> None:
+        """Looks again soon, on the running loop."""
+        self._spawn(self._look_and_survive)
+
     def stop(self) -> None:
-        """Looks no more. SIGHUP stays handled: by default it would end the process."""
+        """Looks no more, whatever is requested."""
         self._stopped = True
         for task in self._tasks:
             task.cancel()

@@ -1,6 +1,7 @@
 """The client from the built wheel, in an environment that has nothing else."""
 
 import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,33 @@ NOT_INSTALLED = [
     "grpc_health",
 ]
 NOT_LOADED = ["conveyor_server", "conveyor_models", "pydantic", "typer", "rich"]
+OTHER_VERSIONS = {
+    "lowest": ("protobuf==6.31.1", "grpcio==1.84.0", "grpcio-status==1.80.0"),
+    "tritonclient": ("tritonclient[grpc]==2.73.0",),  # it requires a protobuf below 7
+}
+"""Requirements beside the wheel that make pip choose a protobuf 6."""
+TALK = """
+    import asyncio
+    import conveyor_client
+    from conveyor_client import aio
+
+    with conveyor_client.Client("TARGET") as client:
+        with client.session("counter") as session:
+            print(session.step([[1, 2], [3, 4]]).tolist())
+        try:
+            client.model("nobody")
+        except conveyor_client.ModelNotFound as error:
+            print(error.reason)
+
+    async def main():
+        async with aio.Client("TARGET") as client:
+            async with client.session("tokens") as session:
+                print([row.tolist() async for row in session.stream([1, 2])])
+
+    asyncio.run(main())
+"""
+"""Both clients talk to the server at TARGET."""
+TALKED = ["[[1.0, 2.0], [4.0, 6.0]]", "MODEL_NOT_FOUND", "[[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]]"]
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -94,32 +122,39 @@ def test_nothing_of_the_server_is_installed_or_imported(bare: Path, tmp_path: Pa
 
 
 def test_both_clients_talk_to_a_server(bare: Path, tmp_path: Path, server: FakeServer) -> None:
-    script = f"""
-        import asyncio
-        import conveyor_client
-        from conveyor_client import aio
+    script = "import google.protobuf; print(google.protobuf.__version__)" + textwrap.dedent(TALK)
+    out = run(bare / "python", "-c", script.replace("TARGET", server.target), cwd=tmp_path)
+    version, *talked = out.splitlines()
+    assert version.startswith("7.")
+    assert talked == TALKED
 
-        with conveyor_client.Client("{server.target}") as client:
-            with client.session("counter") as session:
-                print(session.step([[1, 2], [3, 4]]).tolist())
-            try:
-                client.model("nobody")
-            except conveyor_client.ModelNotFound as error:
-                print(error.reason)
 
-        async def main():
-            async with aio.Client("{server.target}") as client:
-                async with client.session("tokens") as session:
-                    print([row.tolist() async for row in session.stream([1, 2])])
-
-        asyncio.run(main())
-    """
-    out = run(bare / "python", "-c", textwrap.dedent(script), cwd=tmp_path)
-    assert out.splitlines() == [
-        "[[1.0, 2.0], [4.0, 6.0]]",
-        "MODEL_NOT_FOUND",
-        "[[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]]",
-    ]
+@pytest.mark.parametrize("choice", sorted(OTHER_VERSIONS))
+def test_both_clients_and_the_command_work_with_protobuf_6(
+    choice: str, wheel: Path, bare: Path, tmp_path: Path, server: FakeServer
+) -> None:
+    """pip itself finds versions that fit, with no constraints and nothing left out."""
+    packages = tmp_path / "packages"
+    run(
+        bare / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+        "--target", packages, wheel, *OTHER_VERSIONS[choice],
+        cwd=tmp_path,
+    )  # fmt: skip
+    script = "import google.protobuf; print(google.protobuf.__version__)" + textwrap.dedent(TALK)
+    if choice == "tritonclient":
+        script = f"import tritonclient.grpc\n{script}"
+    out = run(
+        bare / "python", "-c", script.replace("TARGET", server.target), cwd=tmp_path,
+        PYTHONPATH=str(packages),
+    )  # fmt: skip
+    version, *talked = out.splitlines()
+    assert version == "6.31.1" if choice == "lowest" else version.startswith("6.")
+    assert talked == TALKED
+    listed = run(
+        bare / "conveyor", "models", "list", "--json", cwd=tmp_path,
+        PYTHONPATH=str(packages), CONVEYOR_TARGET=server.target,
+    )  # fmt: skip
+    assert '"counter"' in listed
 
 
 def test_the_command_works(bare: Path, tmp_path: Path, server: FakeServer) -> None:
@@ -132,8 +167,8 @@ def test_the_command_works(bare: Path, tmp_path: Path, server: FakeServer) -> No
     assert out == "left,right\n1,2\n4,6\n"
 
 
-def test_gates_are_watched_and_pictures_name_their_extra(
-    bare: Path, tmp_path: Path, server: FakeServer
+def test_gates_are_watched_and_pictures_say_what_to_install(
+    bare: Path, wheel: Path, tmp_path: Path, server: FakeServer
 ) -> None:
     watch = (bare / "conveyor", "watch", "tokens", "--text", "ab")
     lines = run(*watch, cwd=tmp_path, CONVEYOR_TARGET=server.target).splitlines()
@@ -143,7 +178,12 @@ def test_gates_are_watched_and_pictures_name_their_extra(
         [*watch, "--png", "gates.png"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert refused.returncode == 1
-    assert refused.stderr == "error: pictures need matplotlib: pip install 'conveyor[plot]'\n"
+    said, _, advice = refused.stderr.rstrip().rpartition(": ")
+    assert said == "error: pictures need matplotlib"
+    assert advice == f"pip install '{wheel}[plot]'"
+    arguments = shlex.split(advice)[1:]
+    installed = run(bare / "pip", *arguments, "--dry-run", cwd=tmp_path)
+    assert "matplotlib-" in installed.splitlines()[-1]
 
 
 def test_the_wheel_is_typed_and_carries_no_build_leftovers(bare: Path, tmp_path: Path) -> None:

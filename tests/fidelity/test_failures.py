@@ -261,6 +261,20 @@ def test_a_whole_sequence_that_overflows_is_refused() -> None:
     assert np.isfinite(loaded.predict(np.zeros_like(rows), 2)).all()
 
 
+@pytest.mark.parametrize("direction", ["reverse", "bidirectional"])
+def test_a_model_that_random_inputs_drive_to_infinity_is_loaded(direction: str) -> None:
+    layer = {"cell": "rnn", "nonlinearity": "relu", "size": 32, "direction": direction}
+    spec = make_spec([layer], features=1)
+    weights = random_weights(spec, 0)
+    for prefix in spec.layers[0].directions:
+        weights[f"layers.0.{prefix}weight_recurrent"].fill_(1e10)
+        weights[f"layers.0.{prefix}bias"].zero_()
+    loaded = load(make_bundle(spec, weights))  # the probe overflows
+    with pytest.raises(SessionQuarantined):
+        loaded.predict(random_rows(spec, 9, 0))
+    assert np.isfinite(loaded.predict(np.zeros((3, 1), np.float32))).all()
+
+
 def test_large_carries_whose_sum_overflows_are_kept() -> None:
     loaded = _loaded()
     slots = [loaded.acquire() for _ in range(4)]

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from conveyor_models import load_bundle
 from conveyor_server.core import TraceMode
-from conveyor_server.engine import attention, packing, trace
+from conveyor_server.engine import attention, packing, probe, trace
 from conveyor_server.engine import engine as engine_module
 from conveyor_server.engine.attention import Attention
 from conveyor_server.engine.engine import SameBitsError, TorchEngine
-from conveyor_server.engine.probe import same_bits
+from conveyor_server.engine.probe import batch_sizes, same_bits, same_bits_in_batches
 from conveyor_server.engine.products import BlockedFamily, Product, ProductFamily
 from conveyor_server.engine.trace import Tap
 from tests.fidelity.cases import FAMILIES
@@ -223,6 +223,81 @@ def test_a_plain_product_is_refused_by_the_probe() -> None:
     spec = make_spec([100, 64], features=17, head=33)
     loaded = load(make_bundle(spec, random_weights(spec, 0)), family=PlainFamily())
     assert not same_bits(loaded.runner, spec)
+
+
+class _FromSomeRows(BlockedFamily):
+    """Adds in another order in products of at least so many rows."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def product(self, weight: Tensor, bias: Tensor | None) -> Product:
+        made = super().product(weight, bias)
+        backwards = super().product(weight.flip(1), bias)
+        linear = made.linear
+        made.linear = lambda x: (  # type: ignore[method-assign]
+            linear(x) if len(x) < self.rows else backwards.linear(x.flip(1))
+        )
+        return made
+
+
+@pytest.mark.parametrize("attention", [None, {"memory_size": 5, "size": 4}])
+@pytest.mark.parametrize("rows", [64, 128, 256])
+def test_kernels_for_larger_batches_are_refused_by_the_probe(
+    rows: int, attention: dict[str, int] | None
+) -> None:
+    spec = make_spec([100], features=17, head=33, attention=attention)
+    bundle = make_bundle(spec, random_weights(spec, 0))
+    loaded = load(bundle, family=_FromSomeRows(rows), slots=256)
+    loaded.acquire()
+    assert same_bits(loaded.runner, spec)
+    assert same_bits_in_batches(loaded.runner, spec, rows // 2)
+    assert not same_bits_in_batches(loaded.runner, spec, rows)
+    assert loaded.engine.slots_used(loaded.key) == 1
+    loaded.runner.pool.allocator.check()
+    assert same_bits_in_batches(load(bundle, family=BlockedFamily(), slots=rows).runner, spec, rows)
+
+
+def test_a_model_is_loaded_with_kernels_that_keep_its_bits_in_the_largest_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = make_spec([100], features=17)
+    bundle = make_bundle(spec, random_weights(spec, 0))
+    monkeypatch.setattr(TorchEngine, "_families", lambda _: [_FromSomeRows(128)])
+    TorchEngine(CPU, cpu_threads=1, slots=200, batch_sessions_max=96).prepare(bundle)
+    with pytest.raises(SameBitsError):
+        TorchEngine(CPU, cpu_threads=1, slots=200, batch_sessions_max=97).prepare(bundle)
+
+
+@pytest.mark.parametrize(
+    ("sessions_max", "sizes"),
+    [
+        (1, []),
+        (30, []),
+        (31, [31]),
+        (33, [31, 32, 33]),
+        (64, [31, 32, 33, 64]),
+        (100, [31, 32, 33, 64, 100]),
+        (256, [31, 32, 33, 64, 128, 256]),
+    ],
+)
+def test_every_size_at_which_other_kernels_may_come_in_is_probed(
+    sessions_max: int, sizes: list[int]
+) -> None:
+    assert batch_sizes(sessions_max) == sizes
+
+
+def test_a_probe_that_takes_too_long_says_what_it_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = make_spec([100], features=17)
+    loaded = load(make_bundle(spec, random_weights(spec, 0)), family=_FromSomeRows(64), slots=64)
+    monkeypatch.setattr(probe, "BATCHES_SECONDS_MAX", 0.0)
+    assert not same_bits_in_batches(loaded.runner, spec, 64), "33 rows are run in any case"
+    loaded = load(make_bundle(spec, random_weights(spec, 0)), family=_FromSomeRows(65), slots=128)
+    assert same_bits_in_batches(loaded.runner, spec, 128)
+    (record,) = caplog.records
+    assert record.__dict__["sessions"] == 64
 
 
 def test_sizes_not_padded_break_the_promise_and_the_property_finds_it(

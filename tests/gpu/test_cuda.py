@@ -1,7 +1,13 @@
-"""The engine on a CUDA device: the same suite as on the CPU, and what only a device can do."""
+"""The engine on a CUDA device: the same suite as on the CPU, and what only a device can do.
+
+`scripts/gpu_check.sh` runs them on a machine that has such a device and little else. So nothing
+here needs grpc, numba or the network, and whatever runs on the CPU beside it takes plain products.
+"""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -11,9 +17,10 @@ import torch
 
 from conveyor_models import ModelSpec, load_bundle
 from conveyor_server.core import TraceMode
-from conveyor_server.engine.engine import DeviceError, TorchEngine, choose_device
+from conveyor_server.engine.devices import DeviceError, choose_device
+from conveyor_server.engine.engine import TorchEngine
 from conveyor_server.engine.port import Done, Work
-from conveyor_server.engine.probe import same_bits
+from conveyor_server.engine.probe import same_bits, same_bits_in_batches
 from conveyor_server.engine.products import BlockedFamily
 from conveyor_server.engine.runner import ModelRunner
 from conveyor_server.errors import DeviceOutOfMemory
@@ -48,6 +55,9 @@ pytestmark = [
     ),
 ]
 DEVICE: Final = torch.device("cuda", 0)
+TOLERANCE: Final = 3 * TOLERANCE_FLOAT32
+"""Sums are taken in another order than on the CPU, and exp is another one. TF32 keeps 10 bits, and
+would show from a hundred times as much."""
 ZOO: Final = Path(__file__).parents[2] / "models" / "zoo"
 SPEC: Final = make_spec([17, (33, 9)], features=3, head=5, activation="softmax")
 
@@ -73,7 +83,7 @@ def test_the_engine_computes_the_equations(spec: ModelSpec) -> None:
     outputs = load(make_bundle(spec, weights), device=DEVICE).run_batch(inputs, memories)
     for rows, memory, out in zip(inputs, memories, outputs, strict=True):
         expected = reference.run(spec, weights, rows, memory)
-        assert reference.error(out, expected) < TOLERANCE_FLOAT32
+        assert reference.error(out, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("spec", PREDICTED.values(), ids=PREDICTED.keys())
@@ -81,7 +91,7 @@ def test_a_whole_sequence_computes_the_equations(spec: ModelSpec) -> None:
     weights = random_weights(spec, 0)
     rows = random_rows(spec, STEPS, 0)
     out = load(make_bundle(spec, weights), device=DEVICE).predict(rows)
-    assert reference.error(out, reference.run(spec, weights, rows)) < TOLERANCE_FLOAT32
+    assert reference.error(out, reference.run(spec, weights, rows)) < TOLERANCE
 
 
 @pytest.mark.parametrize("spec", STREAMED.values(), ids=STREAMED.keys())
@@ -96,11 +106,11 @@ def test_a_trace_shows_what_the_equations_say(spec: ModelSpec) -> None:
         seen = parts_of(done.trace)
         if followed.attention is not None:
             weighed = seen.pop("attention")
-            assert reference.error(weighed, followed.attention) < TOLERANCE_FLOAT32
+            assert reference.error(weighed, followed.attention) < TOLERANCE
         for name, values in seen.items():
             number, gate = name.split(".")
             expected = followed.layers[int(number)][gate]
-            assert reference.error(values, expected) < TOLERANCE_FLOAT32, name
+            assert reference.error(values, expected) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("name", ["letters", "temperature"])
@@ -109,13 +119,13 @@ def test_a_shipped_model_computes_the_equations(name: str) -> None:
     rows = random_rows(bundle.spec, STEPS, 0)
     (out,) = load(bundle, device=DEVICE).run_batch([rows])
     expected = reference.run(bundle.spec, bundle.weights, rows)
-    assert reference.error(out, expected) < TOLERANCE_FLOAT32
+    assert reference.error(out, expected) < TOLERANCE
 
 
 def test_a_carry_goes_from_device_to_cpu_and_back() -> None:
     weights = random_weights(SPEC, 0)
     rows = random_rows(SPEC, 60, 0)
-    here, there = load(make_bundle(SPEC, weights)), _loaded()
+    here, there = load(make_bundle(SPEC, weights), family=BlockedFamily()), _loaded()
     outs: list[np.ndarray] = []
     carry = bytes(here.runner.pool.carry_bytes)
     for turn, loaded in enumerate((there, here, there)):
@@ -124,18 +134,18 @@ def test_a_carry_goes_from_device_to_cpu_and_back() -> None:
         outs.append(loaded.run(slot, rows[20 * turn : 20 * turn + 20]))
         carry = loaded.engine.read(loaded.key, slot)
     expected = reference.run(SPEC, weights, rows)
-    assert reference.error(np.concatenate(outs), expected) < TOLERANCE_FLOAT32
+    assert reference.error(np.concatenate(outs), expected) < TOLERANCE
 
 
 # --- same bits ---
 
 
 def test_bits_depend_on_the_session_alone() -> None:
-    holds(BlockedFamily, examples=100, device=DEVICE)
+    holds(BlockedFamily, examples=60, device=DEVICE)
 
 
 def test_whole_sequences_have_the_same_bits_in_any_slices() -> None:
-    holds_in_slices(BlockedFamily, examples=50, device=DEVICE)
+    holds_in_slices(BlockedFamily, examples=40, device=DEVICE)
 
 
 @pytest.mark.parametrize("options", FAMILIES.values(), ids=FAMILIES.keys())
@@ -151,11 +161,39 @@ def test_one_session_in_256_keeps_its_bits(options: dict[str, object]) -> None:
 @pytest.mark.parametrize("name", ["letters", "temperature"])
 def test_a_shipped_model_keeps_its_bits(name: str) -> None:
     bundle = load_bundle(ZOO / name)
-    loaded = load(bundle, slots=64, device=DEVICE)
+    loaded = load(bundle, slots=256, device=DEVICE)
     assert same_bits(loaded.runner, bundle.spec)
+    assert same_bits_in_batches(loaded.runner, bundle.spec, 256)
     inputs = [random_rows(bundle.spec, 1 + number % 9, number) for number in range(45)]
     for rows, out in zip(inputs, loaded.run_batch(inputs), strict=True):
         assert np.array_equal(loaded.run_batch([rows])[0], out)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "log_softmax"])
+@pytest.mark.parametrize("classes", [1_025, 9_217, 9_218, 9_220, 20_001])
+def test_a_row_over_many_classes_does_not_depend_on_its_place(
+    classes: int, activation: str
+) -> None:
+    # The library's kernel begins at the first aligned address of a row.
+    spec = make_spec([17], features=3, head=classes, activation=activation)
+    loaded = _loaded(spec, slots=40)
+    rows = random_rows(spec, 1, 0)
+    together = loaded.run_batch([rows] * 35)
+    assert len({out.tobytes() for out in together}) == 1
+    (alone,) = loaded.run_batch([rows])
+    assert np.array_equal(alone, together[0])
+    expected = reference.run(spec, random_weights(spec, 0), rows)
+    assert reference.error(alone, expected) < TOLERANCE
+
+
+def test_every_run_has_the_same_bits() -> None:
+    spec = make_spec([512, 512], features=100)
+    inputs = [random_rows(spec, 20, number) for number in range(48)]
+    loaded = _loaded(spec, slots=48)
+    first = loaded.run_batch(inputs)
+    for _ in range(3):
+        for once, again in zip(first, loaded.run_batch(inputs), strict=True):
+            assert np.array_equal(once, again)
 
 
 # --- the pool ---
@@ -268,7 +306,71 @@ def test_memory_that_runs_out_anywhere_changes_no_carry(
     assert loaded.engine.read(loaded.key, slot) == before
 
 
+# --- a device that is lost ---
+
+LOST: Final = """
+import torch
+from conveyor_server.engine.engine import TorchEngine
+from conveyor_server.engine.failures import DeviceLost, computing
+from conveyor_server.engine.port import Work
+from conveyor_server.core import ModelKey
+from conveyor_server.engine.state_pool import StatePool
+from tests.fidelity.networks import make_bundle, make_spec, random_weights
+
+device = torch.device("cuda", 0)
+beyond = torch.tensor([10_000], device=device)
+
+def lost(error):
+    print("lost:", str(error).splitlines()[0], flush=True)
+
+def by_a_kernel():
+    with computing(device, lost):
+        torch.zeros(4, device=device)[beyond].cpu()
+
+def by_the_write_of_a_batch():
+    spec = make_spec([5], features=2)
+    engine = TorchEngine(device, cpu_threads=1, slots=4, on_lost=lost)
+    key = ModelKey("random", 1)
+    engine.add(key, engine.prepare(make_bundle(spec, random_weights(spec, 0))))
+    slot = engine.acquire(key)
+    StatePool.scatter = lambda self, slots, rows: self.parts[0].index_copy_(0, beyond, rows[0])
+    engine.run(key, [Work(slot, 1, bytes(8), 1)])
+    print("answered", flush=True)
+
+try:
+    {how}()
+except DeviceLost:
+    print("raised", flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["by_a_kernel", "by_the_write_of_a_batch"])
+def test_a_kernel_that_faults_loses_the_device_before_anything_is_answered(how: str) -> None:
+    # In a process of its own, as nothing can be computed in it any more.
+    done = subprocess.run(
+        [sys.executable, "-c", LOST.replace("{how}", how)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    lines = done.stdout.splitlines()
+    assert lines[-1:] == ["raised"], done.stdout + done.stderr
+    assert lines[0].startswith("lost: CUDA error"), done.stdout + done.stderr
+    assert "answered" not in lines
+
+
 # --- the device itself ---
+
+
+def test_products_are_float32_not_tf32() -> None:
+    TorchEngine(DEVICE, cpu_threads=1, slots=1)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    exact = a.double() @ b.double()
+    found = (a.to(DEVICE) @ b.to(DEVICE)).cpu().double()
+    assert float((found - exact).norm() / exact.norm()) < 5e-6
 
 
 def test_devices_are_chosen_by_name() -> None:

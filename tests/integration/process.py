@@ -33,9 +33,10 @@ class ServerProcess:
         settings: Mapping[str, object],
         config: str = "",
         program: Sequence[str] = ("-m", "conveyor_server.cli"),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """``settings``: section.key -> value; ``config``: text of a configuration file;
-        ``program``: what Python runs."""
+        ``program``: what Python runs; ``environment``: variables besides the usual ones."""
         folder.mkdir(parents=True, exist_ok=True)
         self._log_file = folder / "log.jsonl"
         self._ready_file = folder / "ready.json"
@@ -48,7 +49,10 @@ class ServerProcess:
             command += ["--config", str(folder / "server.toml")]
         with self._log_file.open("wb") as log:
             self._process = subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=log, env=command_environment()
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                env=command_environment() | {**(environment or {})},
             )
         try:
             self._await_ready()

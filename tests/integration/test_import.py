@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -278,3 +279,91 @@ def test_what_is_refused_leaves_no_trace(
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "canary").exists()
     assert not list(into.iterdir())
+
+
+# --- State dicts, whose structure has to be said -------------------------------------------------
+
+
+class Front(nn.Module):
+    """What stands around the recurrent layers, and where they begin, is learned as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.fc1 = nn.Linear(4, 8)
+        self.cell = nn.LSTMCell(8, 6)
+        self.start = nn.Parameter(torch.randn(1, 6))
+        self.actor = nn.Linear(6, 3)
+        self.critic = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.start.expand(x.shape[1], -1), torch.zeros(x.shape[1], 6)
+        rows: list[Tensor] = []
+        for row in x:
+            state = self.cell(self.fc1(self.norm(row)), state)
+            rows.append(torch.cat([self.actor(state[0]), self.critic(state[0])], -1))
+        return torch.stack(rows)
+
+
+def answered(stderr: str) -> list[list[str]]:
+    """The commands that a refusal offers, without the program's name."""
+    lines = [line.removeprefix("conveyor-server:").strip() for line in stderr.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("conveyor-server models ")]
+
+
+async def test_the_commands_that_a_question_offers_lead_to_what_torch_computes(
+    tmp_path: Path, start_server: StartServer
+) -> None:
+    torch.manual_seed(5)
+    module = Front()
+    module(torch.randn(9, 3, 4))  # in training: the running statistics move
+    module.eval()
+    file, into = tmp_path / "front.ckpt", tmp_path / "models"
+    state = {f"model.{name}": tensor for name, tensor in module.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 4}, file)
+    command = ["models", "import", str(file), "--name=front", "--into", str(into)]
+    asked = run_command(command)
+    assert asked.returncode == 2
+    assert "say --initial-state" in asked.stderr
+    asked = run_command(next(each for each in answered(asked.stderr) if "h=model.start" in each))
+    assert asked.returncode == 2
+    assert not into.exists()
+    for said in ("--epsilon", "--between none", "actor+model.critic"):
+        assert said in asked.stderr
+    answers = answered(asked.stderr)
+    assert all("h=model.start" in answer for answer in answers)
+    wanted = "model.norm,model.fc1,model.cell,model.actor+model.critic"
+    done = run_command(next(answer for answer in answers if wanted in answer))
+    assert done.returncode == 0, done.stderr
+    for said in ("0 to 2 are model.actor's", "model.norm, model.fc1 folded into", "a checkpoint"):
+        assert said in done.stdout
+    x = torch.randn(STEPS, 1, 4)
+    with torch.no_grad():
+        expected = module(x)[:, 0].numpy()
+    server = start_server(models=into)
+    async with aio.Client(server.address) as client:
+        assert error(await client.predict("front", x[:, 0].numpy()), expected) < ERROR_MAX
+        async with client.session("front") as session:
+            rows = [await session.step(row.numpy()) for row in x[:, 0]]
+        assert error(np.stack(rows), expected) < ERROR_MAX
+
+
+def test_the_command_takes_its_options_back_in_its_messages(tmp_path: Path) -> None:
+    file, into = tmp_path / "m.pt", tmp_path / "models"
+    torch.save(nn.ModuleDict({"rnn": nn.GRU(4, 4), "fc": nn.Linear(4, 4)}).state_dict(), file)
+    for option, value, said in (
+        ("--between", "relu", "--between relu: a bundle has no place"),
+        ("--order", "rnn,relu,fc", "--order: relu: a bundle has no place"),
+        ("--epsilon", "small", "--epsilon small: expected a number"),
+        ("--initial-state", "rnn=x", "--initial-state rnn=x: expected h=TENSOR"),
+        ("--initial-state", "h=x,h=y", "--initial-state h=y: h is given twice"),
+        ("--cell", "lstn", "--cell lstn: expected one of"),
+        ("--head", "gc", "gc: --head names it; there is fc"),
+        ("--embedding", "gc", "gc: --embedding names it; there is fc"),
+    ):
+        command = ["models", "import", str(file), "--name", "m", "--into", str(into)]
+        done = run_command([*command, option, value])
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not into.exists()

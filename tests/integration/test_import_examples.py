@@ -54,5 +54,5 @@ def test_an_imported_file_is_the_model_of_the_page(page: Path, tmp_path: Path) -
             continue
         arguments = shlex.split(step.text)[1:]
         _run("-m", "conveyor_server.cli", *arguments, folder=tmp_path)
-        made = load_bundle(tmp_path / "models" / expected.name)
+        made = load_bundle(tmp_path / "my-models" / expected.name)
         assert made.spec.structure() == expected.structure(), str(step)

@@ -12,6 +12,8 @@ import pytest
 from grpc import aio
 
 from conveyor.v1 import session_pb2
+from conveyor_client import LimitExceeded
+from conveyor_client import aio as aio_client
 from tests.integration.conftest import StartServer
 from tests.integration.process import ServerProcess
 from tests.integration.wire import (
@@ -80,12 +82,18 @@ def exhausted(reason: str) -> Refusal:
     return Refusal("RESOURCE_EXHAUSTED", reason)
 
 
+def names(said: Refusal, limit: str, value: str) -> bool:
+    """Whether a refusal tells people which setting it comes from, and its value."""
+    return f"limits.{limit} is {value}" in said.message
+
+
 async def test_chunk_steps(wire: Wire, rows: Rows) -> None:
     session_id = await wire.new_session("tiny")
     assert (await wire.step(session_id, 1, rows(100))).length == 100
     said = await refused(wire.step(session_id, 101, rows(101)))
     assert said == Refusal("INVALID_ARGUMENT", "CHUNK_TOO_LONG")
-    assert said.metadata["maximum"] == "100"
+    assert said.metadata == {"limit": "limits.chunk_steps_max", "maximum": "100"}
+    assert names(said, "chunk_steps_max", "100")
     assert (await wire.get(session_id)).applied_step == 100
 
 
@@ -93,6 +101,7 @@ async def test_predict_steps(wire: Wire, rows: Rows) -> None:
     assert len(await wire.predict("tiny", rows(110))) == 110 * 8
     said = await refused(wire.predict("tiny", rows(111)))
     assert said == Refusal("INVALID_ARGUMENT", "CHUNK_TOO_LONG")
+    assert names(said, "predict_steps_max", "110")
 
 
 async def test_generate_steps(wire: Wire) -> None:
@@ -101,6 +110,7 @@ async def test_generate_steps(wire: Wire) -> None:
     assert sum(len(response.tokens) for response in made) == 40
     said = await refused(wire.generate(**prompt, steps_max=41))
     assert said == Refusal("INVALID_ARGUMENT", "CHUNK_TOO_LONG")
+    assert names(said, "generate_steps_max", "50")
 
 
 async def test_message_bytes_in_a_call(wire: Wire, rows: Rows) -> None:
@@ -112,6 +122,7 @@ async def test_message_bytes_in_a_call(wire: Wire, rows: Rows) -> None:
         assert said == too_large
         assert said.retry_seconds is None
         assert said.metadata["limit"] == "limits.message_bytes_max"
+        assert names(said, "message_bytes_max", "1,440")
         assert await refused(wire.predict("tiny", np.zeros(size // 4, "<f4"))) == too_large
     beyond = await refused(wire.step(session_id, 1, bytes(TRANSPORT_BYTES + 1), 1))
     assert beyond.code == "RESOURCE_EXHAUSTED"
@@ -152,7 +163,9 @@ async def test_metadata_bytes(wire: Wire) -> None:
     wire.metadata = (("note", "x" * 3000),)
     await wire.open("tiny")
     wire.metadata = (("note", "x" * 4200),)
-    assert (await refused(wire.open("tiny"))).code == "RESOURCE_EXHAUSTED"
+    said = await refused(wire.open("tiny"))
+    assert said == exhausted("MESSAGE_TOO_LARGE")
+    assert names(said, "metadata_bytes_max", "4,096")
     wire.metadata = (("note", "x" * 20_000),)
     assert (await refused(wire.open("tiny"))).code == "RESOURCE_EXHAUSTED"
 
@@ -166,6 +179,7 @@ async def test_frame_entries(wire: Wire, rows: Rows) -> None:
         said, frame = await stream.failure()
         assert said == exhausted("MESSAGE_TOO_LARGE")
         assert said.metadata == {"limit": "limits.frame_entries_max", "maximum": "5"}
+        assert names(said, "frame_entries_max", "5")
         assert (frame.handle, frame.first_step, frame.tag) == (0, 0, 0)
         await stream.steps(handle, 6, rows(1), 2)
         assert not stream.unread  # one failure for the frame, not one for each entry
@@ -179,6 +193,7 @@ async def test_stream_sessions(wire: Wire, rows: Rows) -> None:
         assert isinstance(said, Refusal)
         assert said.retry_seconds == 1.0
         assert said.metadata == {"limit": "limits.stream_sessions_max", "maximum": "4"}
+        assert names(said, "stream_sessions_max", "4")
         await stream.steps(handles[0], 1, rows(1), 2)
         await stream.send(close=session_pb2.CloseFrame(handle=handles[3]))
         await stream.next("closed")
@@ -203,6 +218,7 @@ async def test_streams(wire: Wire) -> None:
         beyond = Stream(wire)
         said = await refused(beyond.call.read())
         assert said == exhausted("STREAMS_LIMIT")
+        assert names(said, "streams_max", "3")
         assert said.retry_seconds == 1.0
         await one.end()
         await until(lambda: _opens(wire))
@@ -441,9 +457,23 @@ async def test_a_client_that_reads_nothing_is_let_go(start_server: StartServer) 
         assert server.metric("conveyor_rejected_total", reason="SLOW_READER") == 1
         await until(lambda: server.metric("conveyor_inbox_chunks") == 0)
         # Why, it learns when it reads on at last.
-        assert await refused(_read_on(stream)) == exhausted("SLOW_READER")
+        said = await refused(_read_on(stream))
+        assert said == exhausted("SLOW_READER")
+        assert names(said, "slow_reader_seconds_max", "0.5")
 
 
 async def _read_on(stream: Stream) -> None:
     while await stream.call.read() is not aio.EOF:
         pass
+
+
+async def test_more_calls_at_once_than_the_transport_carries(start_server: StartServer) -> None:
+    server = start_server({"limits.concurrent_calls_max": 1})
+    async with (
+        Wire(server.address) as wire,
+        aio_client.Client(server.address) as client,
+        wire.stream() as stream,
+    ):
+        await stream.open("tiny")
+        with pytest.raises(LimitExceeded, match=r"\(limits.concurrent_calls_max\)"):
+            await client.model("tiny")

@@ -188,7 +188,7 @@ async def test_no_exception_ends_the_regular_look(
     monkeypatch.setattr(reloader, "look", look)
     reloader.start()
     await until(lambda: looks >= 3)
-    signal.raise_signal(signal.SIGHUP)
+    reloader.request()
     reloader.stop()
     assert sum(record.exc_info is not None for record in caplog.records) >= 3
 
@@ -207,7 +207,7 @@ async def test_a_server_that_breaks_says_so_with_its_exit_status(
         if server.running:
             server.kill()
     assert "a tick broke off" in server.log_text()
-    assert "by a mistake of its own" in server.log_text()
+    assert "because of an internal error" in server.log_text()
 
 
 def test_the_metrics_are_served_over_ipv6_too() -> None:

@@ -18,6 +18,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from conveyor.install import install_command
 from tests.integration.conftest import StartServer
 from tests.integration.process import ServerProcess, command_environment, run_command
 from tests.integration.wire import Wire
@@ -135,7 +136,7 @@ def test_without_the_extra_one_line_says_what_to_install(repository: Path) -> No
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
-    assert "pip install 'conveyor[otel]'" in done.stderr
+    assert install_command("otel") in done.stderr
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:4317", "grpc://collector:4317", "http://a/path"])

@@ -39,12 +39,12 @@ class Simulation:
         """The next engine call will fail."""
         error: ConveyorError = EngineFailed("broken")
         if memory:
-            error = DeviceOutOfMemory("full", limit="device memory", maximum="fake")
+            error = DeviceOutOfMemory("fake")
         self.world.rig.engine.fail_next = [error]
 
     def fail_next_memory(self) -> None:
         """The next memory will not get onto the device."""
-        error = DeviceOutOfMemory("full", limit="device memory", maximum="fake")
+        error = DeviceOutOfMemory("fake")
         self.world.rig.engine.fail_next_memory = [error]
         self.world.failing_memories.append(error)
 

@@ -134,7 +134,7 @@ def bench(
         else:
             _show(result)
         if not result.chunks:
-            fail("nothing was answered")
+            fail("no step was answered in that time; try a longer --duration")
 
     run(act)
 

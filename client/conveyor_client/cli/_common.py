@@ -67,7 +67,13 @@ def run(act: Callable[[], Coroutine[Any, Any, None]]) -> None:
         sys.stderr.close()
         raise typer.Exit(0) from None
     except OSError as error:
-        fail(str(error))
+        fail(os_error_text(error))
+
+
+def os_error_text(error: OSError) -> str:
+    """What went wrong with which file, without the number of the error."""
+    why = (error.strerror or str(error)).lower()
+    return f"{error.filename}: {why}" if error.filename else why
 
 
 def fail(message: str) -> NoReturn:

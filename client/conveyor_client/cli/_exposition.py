@@ -39,10 +39,16 @@ def fetch(url: str, timeout_seconds: float) -> Samples:
         connection.request("GET", parts.path or "/metrics")
         response = connection.getresponse()
         if response.status != http.client.OK:
-            raise TransportError(f"{url} answered {response.status}", reason="TRANSPORT")
+            raise TransportError(
+                f"{url} answered {response.status}; expected 200 and metrics", reason="TRANSPORT"
+            )
         return parse(response.read(_EXPOSITION_BYTES_MAX).decode())
-    except (OSError, http.client.HTTPException, UnicodeDecodeError) as error:
-        raise TransportError(f"{url}: {error}", reason="TRANSPORT") from error
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise TransportError(f"cannot reach {url}: {why}", reason="TRANSPORT") from error
+    except (http.client.HTTPException, UnicodeDecodeError) as error:
+        message = f"{url}: what answers there does not speak HTTP with metrics"
+        raise TransportError(message, reason="TRANSPORT") from error
     finally:
         connection.close()
 

@@ -82,11 +82,15 @@ class Text:
         if not model.input.is_tokens:
             raise FeedRefused(f"{model.name} takes features, not text; feed it rows with --csv")
         if not model.input.labels:
-            raise FeedRefused(f"the tokens of {model.name} have no labels; feed it with --csv")
+            raise FeedRefused(
+                f"the tokens of {model.name} have no labels, so it takes no text; use --csv"
+            )
         if not text:
-            raise FeedRefused("there is no text to begin with")
+            raise FeedRefused("the text is empty; give at least one character")
         if goes_on and model.output.row_elements != model.input.vocabulary_size:
-            raise FeedRefused(f"the outputs of {model.name} are no tokens; it cannot go on alone")
+            raise FeedRefused(
+                f"the outputs of {model.name} are not tokens, so it cannot go on alone"
+            )
         self._model = model
         self._tokens: Int32Array = model.input.encode(text)
         self._next = 0

@@ -51,7 +51,7 @@ def generate(
             if not described.input.is_tokens:
                 fail(f"{model} takes features, not tokens; it cannot generate text")
             if not described.input.labels:
-                fail(f"the tokens of {model} have no labels, so text means nothing to it")
+                fail(f"the tokens of {model} have no labels, so it takes no text")
             options = {"steps_max": steps, "top_k": top_k, "seed": seed}
             rows = memory_from(memory)
             stop_tokens = [int(n) for n in described.input.encode(stop)]

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from conveyor_client.cli._common import fail
+from conveyor_client.cli._common import fail, os_error_text
 
 MEMORY_FILE_BYTES_MAX = 256 * 1024 * 1024
 
@@ -33,8 +33,10 @@ def memory_from(file: Path | None) -> npt.NDArray[np.generic] | None:
         return None
     try:
         return read_memory(file)
-    except (MemoryRefused, OSError) as error:
+    except MemoryRefused as error:
         fail(str(error))
+    except OSError as error:
+        fail(os_error_text(error))
 
 
 def read_memory(file: Path) -> npt.NDArray[np.generic]:
@@ -53,7 +55,9 @@ def read_memory(file: Path) -> npt.NDArray[np.generic]:
     """
     size = file.stat().st_size
     if size > MEMORY_FILE_BYTES_MAX:
-        raise MemoryRefused(f"{file}: {size} bytes, at most {MEMORY_FILE_BYTES_MAX} are read")
+        raise MemoryRefused(
+            f"{file}: {size:,} bytes; a memory file may have at most {MEMORY_FILE_BYTES_MAX:,}"
+        )
     data = file.read_bytes()
     return _array(file, data) if file.suffix.lower() == ".npy" else _table(file, data)
 
@@ -62,7 +66,7 @@ def _array(file: Path, data: bytes) -> npt.NDArray[np.generic]:
     try:
         loaded = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError, MemoryError) as error:
-        raise MemoryRefused(f"{file}: no array of NumPy: {error}") from error
+        raise MemoryRefused(f"{file}: not a whole .npy file of numbers") from error
     return np.asarray(loaded)
 
 
@@ -71,7 +75,7 @@ def _table(file: Path, data: bytes) -> npt.NDArray[np.generic]:
         reader = csv.reader(io.StringIO(data.decode("utf-8-sig")))
         lines = [(reader.line_num, fields) for fields in reader if fields]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise MemoryRefused(f"{file}: no CSV in UTF-8: {error}") from error
+        raise MemoryRefused(f"{file}: not CSV in UTF-8") from error
     rows: list[list[float]] = []
     for index, (number, fields) in enumerate(lines):
         try:
@@ -79,10 +83,13 @@ def _table(file: Path, data: bytes) -> npt.NDArray[np.generic]:
         except ValueError as error:
             if index == 0 and not any(map(_is_number, fields)):
                 continue
-            raise MemoryRefused(f"{file}: line {number}: {error}") from None
+            wrong = next(field for field in fields if not _is_number(field))
+            raise MemoryRefused(f"{file}: line {number}: {wrong!r} is not a number") from error
         if len(rows[-1]) != len(rows[0]):
             raise MemoryRefused(
-                f"{file}: line {number}: {len(rows[-1])} numbers, {len(rows[0])} in the first row"
+                f"{file}: line {number}: {len(rows[-1])} numbers; expected {len(rows[0])}, as in"
+                " the"
+                " first row"
             )
     return np.array(rows, dtype=np.float64).reshape(len(rows), -1 if rows else 0)
 

@@ -139,7 +139,7 @@ def fork_session(
             _show(await client.fork_session(session, new_ids or count or 1), as_json)
 
     if count and new_ids and count != len(new_ids):
-        fail(f"--count {count} contradicts {len(new_ids)} times --id")
+        fail(f"--count {count} does not fit {len(new_ids)} times --id; leave one of them out")
     run(act)
 
 

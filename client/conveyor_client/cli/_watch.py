@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
+from conveyor.install import install_command
 from conveyor_client._client import Client
 from conveyor_client._errors import ConveyorError, InvalidInput, ModelNotFound, SessionNotFound
 from conveyor_client._nouns import ModelInfo, TraceMode
@@ -31,6 +32,7 @@ from conveyor_client.cli._common import (
     Timeout,
     Token,
     fail,
+    os_error_text,
     run,
     say,
 )
@@ -118,10 +120,10 @@ def watch(
     watch a copy: `conveyor sessions fork SESSION --id COPY` and `conveyor watch COPY`.
 
     Without a terminal it prints a line for each step. `--html` and `--png` draw the newest steps,
-    up to 4096, when the input ends or Ctrl-C ends the command; they need `conveyor[plot]`.
+    up to 4096, when the input ends or Ctrl-C ends the command; they need the extra `plot`.
     """
     if (text != "") + (prompt != "") + (csv != "-") > 1:
-        fail("--csv, --text and --prompt exclude each other")
+        fail("give only one of --csv, --text and --prompt")
     shape = _grid(grid)
     write = _pictures(html, png, shape)
     inputs = _Inputs(csv, text, prompt, temperature, seed)
@@ -173,23 +175,24 @@ async def _open(
     client: Client, name: str, is_session: bool, memory: Path | None
 ) -> AsyncGenerator[Session]:
     """Opens a session of the model, to be ended, or the session of that id, to be left open."""
+    no_model = ""
     if not is_session:
         try:
             await client.model(name)
-        except (ModelNotFound, InvalidInput):  # the latter: no name that a model can have
-            is_session = True
+        except (ModelNotFound, InvalidInput) as error:  # the latter: no name of a model
+            is_session, no_model = True, f": {error}"
     if not is_session:
         async with client.session(name, memory=memory_from(memory)) as session:
             yield session
         return
     if memory is not None:
-        fail(f"session {name} has its memory since it was opened; --memory is for models")
+        fail(f"--memory: session {name} has its memory since it was opened; leave the flag out")
     session = client.resume(name)
     try:
         await session.open()
     except SessionNotFound as error:
         if error.reason == "SESSION_NOT_FOUND":
-            fail(f"there is no model and no session of yours called {name}")
+            fail(f"no model and no session of yours is called {name}{no_model}")
         raise
     try:
         yield session
@@ -215,7 +218,7 @@ async def _check_grid(session: Session, grid: tuple[int, int] | None) -> None:
         return
     rows = (await session.info()).memory_rows
     if grid[0] * grid[1] != rows:
-        fail(f"--grid {grid[0]}x{grid[1]}: the memory has {rows} rows")
+        fail(f"--grid {grid[0]}x{grid[1]} is {grid[0] * grid[1]} cells; the memory has {rows} rows")
 
 
 async def _drive(
@@ -279,13 +282,13 @@ def _pictures(
         return lambda watched: None
     for file in filter(None, (html, png)):
         if not file.parent.is_dir():
-            fail(f"there is no folder {file.parent}")
+            fail(f"cannot write {file}: there is no folder {file.parent}")
     try:
         from conveyor_client.cli import _gates_page, _gates_picture
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
-        fail("pictures need matplotlib: pip install 'conveyor[plot]'")
+        fail(f"pictures need matplotlib: {install_command('plot')}")
 
     def write(watched: _Watched) -> None:
         span = watched.recording.whole()
@@ -297,6 +300,6 @@ def _pictures(
                 html.write_text(_gates_page.page(span, watched.title, grid), encoding="utf-8")
                 say(f"wrote {html}")
         except OSError as error:
-            fail(str(error))
+            fail(os_error_text(error))
 
     return write

@@ -8,8 +8,9 @@ float32 once; nothing else differs from the original network.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from conveyor_models.importers.common import ImportedLayer, exact_float32, refus
 from conveyor_models.spec import WEIGHT_VALUES_MAX
 
 _DIRECTIONS = ("", "reverse.")
+OFFSET_MAX: Final = 1024
+"""Of what is added to a scaled feature. Folding moves the difference between an input and its mean
+into float32 sums: a mean as many deviations from 0 as this costs 2^-14 of a deviation."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +47,15 @@ class Affine:
     def output_size(self) -> int:
         """Features written."""
         return self.weight.shape[0]
+
+    @property
+    def moves(self) -> bool:
+        """Whether it only chooses and places features, so that no number is rounded."""
+        if self.weight.dim() == 1:
+            return bool((self.weight == 1).all() and (self.bias == 0).all())
+        plain = ((self.weight == 0) | (self.weight == 1)).all()
+        single = (self.weight != 0).sum(1) == 1
+        return bool(plain and single.all() and (self.bias == 0).all())
 
     def after(self, first: Affine) -> Affine:
         """The one map that does `first` and then this one.
@@ -123,6 +136,62 @@ def batch_norm(
     factor = inner.rsqrt() if gamma is None else gamma.double() / inner.sqrt()
     offset = -mean.double() * factor
     return scale(name, factor, offset if beta is None else offset + beta.double())
+
+
+def selection(name: str, places: Sequence[int], size: int) -> Affine:
+    """Some of `size` features, in the order of `places`."""
+    _check_values(name, len(places) * size)
+    weight = torch.zeros(len(places), size, dtype=torch.float64)
+    weight[torch.arange(len(places)), torch.tensor(list(places), dtype=torch.int64)] = 1
+    return Affine(name, weight, weight.new_zeros(len(places)))
+
+
+def stacked(maps: Sequence[Affine]) -> Affine:
+    """Several maps of the same row, their outputs one after the other.
+
+    Raises:
+        UnsupportedModuleError: they read rows of different lengths, or are too large.
+    """
+    return _of_same_row(maps, torch.cat)
+
+
+def summed(maps: Sequence[Affine]) -> Affine:
+    """Several maps of the same row, their outputs added.
+
+    Raises:
+        UnsupportedModuleError: their rows differ in length, or are too large.
+    """
+    sizes = {each.output_size for each in maps}
+    if len(sizes) != 1:
+        raise refused(maps[0].name, f"adds rows of {sorted(sizes)} numbers")
+    return _of_same_row(maps, lambda parts: torch.stack(parts).sum(0))
+
+
+def _of_same_row(maps: Sequence[Affine], put: Callable[[list[Tensor]], Tensor]) -> Affine:
+    for each in maps:
+        if each.input_size != maps[0].input_size:
+            raise refused(each.name, f"reads {each.input_size} numbers, not {maps[0].input_size}")
+    _check_values(maps[0].name, maps[0].input_size * sum(each.output_size for each in maps))
+    weights = [each.weight if each.weight.dim() == 2 else each.weight.diag() for each in maps]
+    name = maps[0].name if len(maps) == 1 else f"{maps[0].name} and {len(maps) - 1} more"
+    return Affine(name, put(weights), put([each.bias for each in maps]))
+
+
+def check_offsets(affine: Affine) -> None:
+    """Refuses factors and offsets that would lose digits once they are part of float32 weights.
+
+    Raises:
+        UnsupportedModuleError: an offset is more than `OFFSET_MAX`, in units of what comes out.
+    """
+    far = int(affine.bias.abs().argmax())
+    offset = float(affine.bias[far])
+    if affine.weight.dim() == 1 and abs(offset) > OFFSET_MAX:
+        raise refused(
+            affine.name,
+            f"adds {offset:.6g} to feature {far}, expected at most {OFFSET_MAX}: folding it into"
+            " float32 weights would lose digits; subtract means from the inputs instead, or leave"
+            " out a feature that never changes",
+        )
 
 
 def into_layer(affine: Affine, layer: ImportedLayer) -> ImportedLayer:

@@ -27,9 +27,10 @@ from conveyor_models.importers.common import (
     lstm_tensors,
     refused,
     tensor_of,
-    two_ways,
 )
-from conveyor_models.importers.onnx_values import Array, Known, Repeated, Value, known
+from conveyor_models.importers.onnx_shapes import Length
+from conveyor_models.importers.onnx_states import initial_tensors, lengths_note, outside
+from conveyor_models.importers.onnx_values import Value, known
 
 GATES: Final = {"LSTM": "iofg", "GRU": "zrn", "RNN": "h"}
 """Letters of the blocks of rows, ours in ONNX's order: its c is g, its h of a GRU is n."""
@@ -93,22 +94,40 @@ class CellNode:
         return 2 if self.direction == "bidirectional" else 1
 
 
-def cell_layer(node: CellNode) -> tuple[ImportedLayer, list[str]]:
-    """The layer that a node is, and what somebody should know about it."""
+def cell_layers(node: CellNode) -> list[ImportedLayer]:
+    """A layer for each direction of a node, in its order."""
     surplus = sorted(node.attributes.keys() - _ATTRIBUTES)
     if surplus:
         raise refused(node.name, f"attribute {surplus[0]} is not known")
-    notes: list[str] = []
-    lengths = node.given("sequence_lens")
-    if isinstance(lengths, Known):
-        raise refused(node.name, "sequence_lens is a constant, so every sequence would end there")
-    layers = [_one_way(node, way, notes) for way in range(node.ways)]
-    if len(layers) == 2:
-        return two_ways(*layers, name=node.name), notes
-    return layers[0], notes
+    return [_one_way(node, way) for way in range(node.ways)]
 
 
-def _one_way(node: CellNode, way: int, notes: list[str]) -> ImportedLayer:
+def cell_notes(node: CellNode, length: Length, rows_from: str, producer: str) -> list[str]:
+    """What somebody should know about a node.
+
+    Args:
+        node: the node.
+        length: of its sequences.
+        rows_from: the input whose rows flow on.
+        producer: what wrote the file.
+
+    Raises:
+        UnsupportedModuleError: its initial state or its lengths are computed inside the graph.
+    """
+    notes = [lengths_note(node.name, node.given("sequence_lens"), length, rows_from)]
+    for part in ("h", "c") if node.op == "LSTM" else ("h",):
+        what = f"initial_{part}"
+        notes.append(outside(node.name, what, node.given(what), rows_from))
+    before = node.op == "GRU" and not node.attributes.get("linear_before_reset", 0)
+    if before and producer == "pytorch":
+        notes.append(
+            f"{node.name}: linear_before_reset is 0, which nn.GRU has not: PyTorch exports its own"
+            " GRU with 1, so check that the file computes what your module does"
+        )
+    return [note for note in notes if note is not None]
+
+
+def _one_way(node: CellNode, way: int) -> ImportedLayer:
     gates = GATES[node.op]
     recurrent = _tensor(node, "R", (node.ways, None, None))[way]  # [G * H, H]
     size = recurrent.shape[1]
@@ -125,7 +144,7 @@ def _one_way(node: CellNode, way: int, notes: list[str]) -> ImportedLayer:
         biases = _tensor(node, "B", (node.ways, 2 * rows))[way]
     table: dict[str, Any] = {"cell": node.op.lower(), "size": size}
     table |= _functions(node, way)
-    if node.direction == "reverse":
+    if node.direction == "reverse" or way == 1:
         table["direction"] = "reverse"
     both = biases[:rows], biases[rows:]
     match node.op:
@@ -138,7 +157,12 @@ def _one_way(node: CellNode, way: int, notes: list[str]) -> ImportedLayer:
         case _:
             tensors = {"weight_input": weight.clone(), "weight_recurrent": recurrent.clone()}
             tensors["bias"] = both[0] + both[1]
-    tensors |= _initial(node, way, size, table, notes)
+    parts = ("h", "c") if node.op == "LSTM" else ("h",)
+    given = {part: node.given(f"initial_{part}") for part in parts}
+    initial = initial_tensors(node.name, given, (way, node.ways, size), node.batch_first)
+    if initial:
+        table["initial_state"] = True
+        tensors |= initial
     return ImportedLayer(node.name, table, tensors)
 
 
@@ -181,52 +205,6 @@ def _tensor(node: CellNode, what: str, shape: tuple[int | None, ...]) -> Tensor:
     if not fits or array.dtype.kind != "f":
         raise refused(node.name, f"{what}: {array.dtype} {list(array.shape)}, does not fit")
     return tensor_of(f"{node.name}: {what}", array)
-
-
-# --- Initial state -------------------------------------------------------------------------------
-
-
-def _initial(
-    node: CellNode, way: int, size: int, table: dict[str, Any], notes: list[str]
-) -> dict[str, Tensor]:
-    """The carry that every session begins with, where it is not zero."""
-    names = ("h", "c") if node.op == "LSTM" else ("h",)
-    rows: dict[str, Array | None] = {}
-    for name in names:
-        rows[name] = _row(node, f"initial_{name}", size, notes)
-    if all(each is None or not each.any() for each in rows.values()):
-        return {}
-    table["initial_state"] = True
-    none = np.zeros((node.ways, size), np.float32)
-    return {
-        f"initial_{name}": tensor_of(
-            f"{node.name}: initial_{name}", (none if row is None else row)[way]
-        )
-        for name, row in rows.items()
-    }
-
-
-def _row(node: CellNode, what: str, size: int, notes: list[str]) -> Array | None:
-    """[D, H], the same for every sequence of a batch; None for zeros."""
-    value = node.given(what)
-    if value is None:
-        return None
-    if not isinstance(value, Known | Repeated):
-        note = f"{node.name}: {what} is given from outside, so a session begins with zeros"
-        if note not in notes:
-            notes.append(note)
-        return None
-    array = value.array
-    if array.ndim != 3 or array.dtype.kind != "f":
-        raise refused(node.name, f"{what}: {array.dtype} {list(array.shape)}, does not fit")
-    if node.batch_first:
-        array = array.swapaxes(0, 1)  # [D, B, H]
-    if not (array == array[:, :1]).all():
-        raise refused(node.name, f"{what} differs within the batch")
-    try:
-        return np.array(np.broadcast_to(array[:, 0], (node.ways, size)))
-    except ValueError as error:
-        raise refused(node.name, f"{what}: {list(array.shape)}, does not fit") from error
 
 
 # --- Functions -----------------------------------------------------------------------------------

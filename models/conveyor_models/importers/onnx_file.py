@@ -47,7 +47,7 @@ def import_onnx(path: Path) -> ImportedModel:
     opset = _opset(model)
     try:
         constants = _constants(onnx, path, graph)
-        return Graph(onnx, graph, opset, constants).model()
+        return Graph(onnx, graph, opset, constants, model.producer_name).model()
     except BundleError:
         raise
     except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:

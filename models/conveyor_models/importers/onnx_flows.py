@@ -1,34 +1,252 @@
-"""The operators of ONNX on what flows from the input to the output.
+"""The operators of ONNX that compute with what flows from the input to the outputs.
 
-Each returns what flows on, at its next stage, or refuses by name.
+Each returns what flows on, or refuses by name. What is linear in a row becomes one affine map, for
+`onnx_maps`; everything else a bundle has only at its ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Final, cast
+from typing import Final
 
 import numpy as np
+import torch
 
-from conveyor_models.importers.common import ImportedLayer, refused, two_ways
-from conveyor_models.importers.onnx_plumbing import Node, slice_ranges
+from conveyor_models.importers import folding
+from conveyor_models.importers.common import tensor_of
+from conveyor_models.importers.onnx_maps import added, mapped, short, with_features
+from conveyor_models.importers.onnx_node import Inputs, Node, Operator, at, first
+from conveyor_models.importers.onnx_shapes import Length
+from conveyor_models.importers.onnx_states import full_length
 from conveyor_models.importers.onnx_values import (
     Array,
     Atom,
     Axis,
-    Carried,
     Flow,
     Known,
-    Length,
     Stage,
     Value,
     axis_number,
-    integers,
+    axis_of,
     known,
 )
 
 ACTIVATIONS: Final = {"Softmax": "softmax", "LogSoftmax": "log_softmax", "Sigmoid": "sigmoid"}
+
+
+def flow_of(node: Node, inputs: Inputs, place: int = 0) -> Flow:
+    """The input that has to be what flows."""
+    value = at(inputs, place)
+    if not isinstance(value, Flow):
+        why = getattr(value, "why", None)
+        raise why or node.refused("on something that is not what flows from the input")
+    return value
+
+
+# --- Ends ----------------------------------------------------------------------------------------
+
+
+def embedding(node: Node, inputs: Inputs) -> list[Value]:
+    """Gather of rows of a constant, by what flows."""
+    rows, places = known(node.name, "its table", first(node, inputs)), flow_of(node, inputs, 1)
+    if rows.ndim != 2 or node.axis(2) != 0 or not places.tokens:
+        raise node.refused("that is no embedding of whole numbers")
+    features = axis_of(Atom(f"{node.name}.features", Length.of(rows.shape[1])))
+    stage = Stage("embedding", node.name, places.stage, None, rows)
+    return [
+        replace(
+            places,
+            stage=stage,
+            axes=(*places.axes, features),
+            features=features,
+            tokens=False,
+        )
+    ]
+
+
+def activation(node: Node, inputs: Inputs) -> list[Value]:
+    """Softmax, LogSoftmax or Sigmoid."""
+    flow = flow_of(node, inputs)
+    if flow.activation is not None:
+        raise node.refused(f"after {flow.activation}, with which a bundle ends")
+    if node.op != "Sigmoid":
+        # Before opset 13 everything from the axis on is one; along the last axis that is the same.
+        axis = node.axis(len(flow.axes), default=-1 if node.opset >= 13 else 1)
+        place = axis == len(flow.axes) - 1 or node.opset >= 13
+        if not place or flow.axes[axis] != flow.features:
+            raise node.refused("along another axis than that of the features")
+    found = replace(flow, activation=ACTIVATIONS[node.op], final=False)
+    return [replace(found, computed=flow.computed or node.name)]
+
+
+# --- Maps ----------------------------------------------------------------------------------------
+
+
+def _times(node: Node, flow: Flow, matrix: Array, bias: Array | None = None) -> Flow:
+    """The matrix is [O, K]; the bias [O], or none."""
+    if not flow.axes:
+        raise node.refused("of something without axes")
+    flow = with_features(node, flow, len(flow.axes) - 1)
+    weight = tensor_of(node.name, matrix)
+    added_bias = None if bias is None else tensor_of(node.name, bias)
+    affine = folding.linear(short(node.name), weight, added_bias)
+    found = mapped(node, flow, affine, biased=bias is not None)
+    features: Axis = axis_of(Atom(f"{node.name}.outputs", Length.of(matrix.shape[0])))
+    return replace(found, features=features, axes=(*flow.axes[:-1], features))
+
+
+def mat_mul(node: Node, inputs: Inputs) -> list[Value]:
+    """A matrix on the right is a linear layer."""
+    flow = flow_of(node, inputs)
+    matrix = known(node.name, "its matrix", at(inputs, 1))
+    if matrix.ndim > 2 and set(matrix.shape[:-2]) == {1} and matrix.ndim <= len(flow.axes):
+        matrix = matrix.reshape(matrix.shape[-2:])
+    if matrix.ndim != 2:
+        raise node.refused(f"by an array of shape {list(matrix.shape)[:8]}")
+    return [_times(node, flow, matrix.T)]
+
+
+def gemm(node: Node, inputs: Inputs) -> list[Value]:
+    """A linear layer on rows that lie along two axes."""
+    flow = flow_of(node, inputs)
+    matrix = known(node.name, "its matrix", at(inputs, 1))
+    if node.attributes.get("transA", 0) or len(flow.axes) != 2 or matrix.ndim != 2:
+        raise node.refused("with transA, or of more than two axes")
+    matrix = matrix if node.attributes.get("transB", 0) else matrix.T
+    node.spend(matrix.shape)
+    alpha, beta = (float(node.attributes.get(name, 1.0)) for name in ("alpha", "beta"))
+    bias = at(inputs, 2)
+    found = None if bias is None else known(node.name, "its bias", bias)
+    if found is not None:
+        size = matrix.shape[0]
+        if (
+            found.ndim > 2
+            or found.size not in (1, size)
+            or found.shape[-1:] not in ((), (1,), (size,))
+        ):
+            raise node.refused(f"with a bias of shape {list(found.shape)[:8]}")
+        found = np.broadcast_to(_scaled(found.reshape(-1), beta), (size,))
+    return [_times(node, flow, _scaled(matrix, alpha), found)]
+
+
+def _scaled(array: Array, factor: float) -> Array:
+    return array if factor == 1 else (array * np.float32(factor)).astype(array.dtype)
+
+
+def elementwise(node: Node, inputs: Inputs) -> list[Value]:
+    """Add, Sub, Mul or Div of what flows and a constant, or a sum of two maps of the same row."""
+    flows = [value for value in inputs if isinstance(value, Flow)]
+    if len(inputs) != 2:
+        raise node.refused(f"of {len(inputs)} operands")
+    if len(flows) == 2:
+        return [_of_two(node, *flows)]
+    place = 0 if isinstance(inputs[0], Flow) else 1
+    flow = flow_of(node, inputs, place)
+    array = known(node.name, "one of its operands", at(inputs, 1 - place))
+    flow, values = _along_features(node, flow, array)
+    constant = tensor_of(node.name, values).double()
+    one, zero = torch.ones_like(constant), torch.zeros_like(constant)
+    match node.op, place:
+        case "Add", _:
+            factor, offset = one, constant
+        case "Sub", 0:
+            factor, offset = one, -constant
+        case "Sub", _:
+            factor, offset = -one, constant
+        case "Mul", _:
+            factor, offset = constant, zero
+        case "Div", 0:
+            if not bool(constant.all()):
+                raise node.refused("divides by 0")
+            factor, offset = one / constant, zero
+        case _:
+            raise node.refused("of a constant by what flows, which is not linear")
+    affine = folding.scale(short(node.name), factor, offset)
+    return [mapped(node, flow, affine, biased=node.op in ("Add", "Sub"))]
+
+
+def _of_two(node: Node, left: Flow, right: Flow) -> Flow:
+    """Only where both are maps of the same row, so that their sum is one as well."""
+    if node.op == "Sub":
+        right = _negated(node, right)
+    if node.op not in ("Add", "Sub"):
+        raise node.refused("of two paths that flow: a bundle has no place for it")
+    return added(node, (left, right))
+
+
+def _negated(node: Node, flow: Flow) -> Flow:
+    if flow.size is None:
+        raise node.refused("of features whose number the file does not state")
+    ones = torch.ones(flow.size)
+    return mapped(node, flow, folding.scale(short(node.name), -ones, torch.zeros_like(ones)))
+
+
+def negative(node: Node, inputs: Inputs) -> list[Value]:
+    """Neg of what flows."""
+    return [_negated(node, flow_of(node, inputs))]
+
+
+def _along_features(node: Node, flow: Flow, array: Array) -> tuple[Flow, Array]:
+    """The constant as one number for each feature, where it does not differ along other axes."""
+    more = array.ndim - len(flow.axes)
+    if more > 0:
+        flow = replace(flow, axes=((),) * more + flow.axes)
+    array = array.reshape((1,) * -more + array.shape)
+    for place, length in enumerate(flow.lengths):
+        # A constant may be written out along the batch.
+        first_of = array.take([0], place) if array.shape[place] else array
+        written = flow.axes[place] != flow.features and array.shape[place] == length.known
+        if written and (array == first_of).all():
+            array = first_of
+    long = [place for place, size in enumerate(array.shape) if size != 1]
+    if len(long) > 1 or any(not flow.axes[place] for place in long):
+        raise node.refused(
+            f"of a constant of shape {list(array.shape)[:8]}, which differs from step to step or"
+            " within the batch"
+        )
+    if long:
+        flow = with_features(node, flow, long[0])
+    size = flow.size if flow.size is not None else array.size if long else None
+    if size is None:
+        raise node.refused("of features whose number the file does not state")
+    if array.size not in (1, size):
+        raise node.refused(f"of {array.size} numbers and rows of {size}")
+    return flow, np.broadcast_to(array.reshape(-1), (size,))
+
+
+def batch_normalization(node: Node, inputs: Inputs) -> list[Value]:
+    """With the means and variances of its training."""
+    flow = flow_of(node, inputs)
+    if node.attributes.get("training_mode", 0) or any(node.outputs[1:]):
+        raise node.refused("in training mode")
+    if node.attributes.get("spatial", 1) != 1 or len(flow.axes) < 2:
+        raise node.refused("of each place by itself")
+    flow = with_features(node, flow, 1)
+    names = ("scale", "bias", "mean", "variance")
+    parts = [
+        tensor_of(f"{node.name}: {name}", known(node.name, name, at(inputs, place)))
+        for place, name in enumerate(names, 1)
+    ]
+    gamma, beta, mean, variance = parts
+    size = flow.size if flow.size is not None else mean.numel()
+    if any(each.shape != (size,) for each in parts):
+        raise node.refused(f"of {mean.numel()} features and rows of {size}")
+    epsilon = float(node.attributes.get("epsilon", 1e-5))
+    affine = folding.batch_norm(short(node.name), mean, variance, epsilon, gamma, beta)
+    return [mapped(node, flow, affine, biased=True)]
+
+
+def reverse_sequence(node: Node, inputs: Inputs) -> list[Value]:
+    """A flip of an axis, where every sequence is as long as it."""
+    flow = flow_of(node, inputs)
+    axis = axis_number(node.name, int(node.attributes.get("time_axis", 0)), len(flow.axes))
+    own = flow.axes[axis]
+    if not full_length(at(inputs, 1), flow.lengths[axis]):
+        raise node.refused("its sequence_lens are not known to be those of whole sequences")
+    if len(own) != 1 or own == flow.features:
+        raise node.refused("along an axis that is not that of steps")
+    return [replace(flow, flipped=flow.flipped ^ {own[0]})]
 
 
 def constant(node: Node) -> Known:
@@ -38,170 +256,17 @@ def constant(node: Node) -> Known:
             value = node.attributes[name]
             dtype = np.int64 if "int" in name else np.float32
             return Known(value if name == "value" else np.asarray(value, dtype))
-    raise refused(node.name, "a constant that is neither numbers nor a tensor")
+    raise node.refused("a constant that is neither numbers nor a tensor")
 
 
-def flow_of(node: Node, inputs: list[Value | None], place: int = 0) -> Flow:
-    """The input that has to be what flows."""
-    value = inputs[place] if place < len(inputs) else None
-    if not isinstance(value, Flow) or value.way is not None:
-        raise refused(node.name, f"{node.op} on something that is not what flows from the input")
-    return value
-
-
-def activation(node: Node, flow: Flow) -> Flow:
-    """Softmax, LogSoftmax or Sigmoid."""
-    if node.op != "Sigmoid":
-        # Before opset 13 everything from the axis on is one; along the last axis that is the same.
-        axis = node.axis(len(flow.axes), default=-1 if node.opset >= 13 else 1)
-        if axis != len(flow.axes) - 1 or flow.axes[-1] != flow.features:
-            raise refused(node.name, f"{node.op} along another axis than that of the features")
-    return replace(flow, stage=Stage("activation", node.name, flow.stage, ACTIVATIONS[node.op]))
-
-
-def _times(node: Node, flow: Flow, matrix: Array) -> Flow:
-    """The matrix is [O, K]."""
-    if matrix.ndim != 2 or not flow.axes or flow.axes[-1] != flow.features:
-        raise refused(node.name, f"{node.op} along another axis than that of the features")
-    features = (Atom(f"{node.name}.outputs", Length(matrix.shape[0])),)
-    stage = Stage("matrix", node.name, flow.stage, matrix)
-    return replace(flow, stage=stage, features=features, axes=(*flow.axes[:-1], features))
-
-
-def _plus(node: Node, flow: Flow, bias: Array) -> Flow:
-    size = flow.stage.content.shape[0] if isinstance(flow.stage.content, np.ndarray) else -1
-    fits = bias.shape in ((), (1,)) or (bias.size == size and bias.shape[-1] == size)
-    if flow.stage.kind != "matrix" or flow.axes[-1] != flow.features or not fits:
-        raise refused(node.name, f"{node.op} of {list(bias.shape)} that is no bias of a head")
-    whole = np.broadcast_to(bias.reshape(-1), (size,))
-    return replace(flow, stage=Stage("bias", node.name, flow.stage, whole))
-
-
-def _matmul(node: Node, inputs: list[Value | None]) -> list[Value]:
-    return [_times(node, flow_of(node, inputs), known(node.name, "its matrix", inputs[1]).T)]
-
-
-def _gemm(node: Node, inputs: list[Value | None]) -> list[Value]:
-    given = node.attributes
-    if given.get("alpha", 1.0) != 1 or given.get("beta", 1.0) != 1 or given.get("transA", 0):
-        raise refused(node.name, "Gemm with alpha, beta or transA")
-    flow = flow_of(node, inputs)
-    matrix = known(node.name, "its matrix", inputs[1])
-    flow = _times(node, flow, matrix if given.get("transB", 0) else matrix.T)
-    if len(inputs) > 2 and inputs[2] is not None:
-        flow = _plus(node, flow, known(node.name, "its bias", inputs[2]))
-    return [flow]
-
-
-def _add(node: Node, inputs: list[Value | None]) -> list[Value]:
-    place = 0 if isinstance(inputs[0], Flow) else 1
-    bias = known(node.name, "one of what it adds", inputs[1 - place])
-    return [_plus(node, flow_of(node, inputs, place), bias)]
-
-
-def _gather(node: Node, inputs: list[Value | None]) -> list[Value] | None:
-    """An embedding, the last step, or one direction."""
-    table, places = inputs[0], inputs[1]
-    if isinstance(places, Flow):
-        rows = known(node.name, "its table", table)
-        if rows.ndim != 2 or node.axis(2) != 0 or not places.tokens:
-            raise refused(node.name, "Gather that is no embedding of whole numbers")
-        features = (Atom(f"{node.name}.features", Length(rows.shape[1])),)
-        stage = Stage("embedding", node.name, places.stage, rows)
-        return [Flow(stage, (*places.axes, features), features)]
-    flow = cast("Flow", table)
-    if flow.stage.kind == "input":
-        return None
-    axis, wanted = node.axis(len(flow.axes)), integers(node.name, "indices", places)
-    scalar = known(node.name, "indices", places).ndim == 0
-    rest = (*flow.axes[:axis], *(() if scalar else ((),)), *flow.axes[axis + 1 :])
-    if len(wanted) != 1:
-        raise refused(node.name, "Gather of several")
-    if flow.axes[axis] == (flow.time,):
-        end = flow.time.length.known if flow.time is not None else None
-        if wanted[0] not in (-1, None if end is None else end - 1):
-            raise refused(node.name, "Gather of a step that is not the last")
-        return [replace(flow, axes=rest, last=True)]
-    return [_one_way(node, flow, axis, wanted[0], rest)]
-
-
-def _one_way(node: Node, flow: Flow, axis: int, wanted: int, rest: tuple[Axis, ...]) -> Flow:
-    """One direction's part of a bidirectional node's output."""
-    if len(flow.features) != 2 or flow.axes[axis] != flow.features[:1] or flow.way is not None:
-        raise refused(node.name, f"{node.op} along an axis that is neither time nor direction")
-    way = axis_number(node.name, wanted, 2)
-    return replace(flow, axes=rest, features=flow.features[1:], way=way)
-
-
-def _slice(node: Node, inputs: list[Value | None]) -> list[Value] | None:
-    flow = inputs[0]
-    if not isinstance(flow, Flow) or flow.stage.kind == "input":
-        return None
-    ranges = slice_ranges(node, inputs)
-    if len(ranges) != 1:
-        raise refused(node.name, "Slice along several axes")
-    axis = axis_number(node.name, ranges[0][0], len(flow.axes))
-    wanted = list(range(2))[ranges[0][1]]
-    if len(wanted) != 1:
-        raise refused(node.name, "Slice of what flows, that is not one direction")
-    rest = (*flow.axes[:axis], (), *flow.axes[axis + 1 :])
-    return [_one_way(node, flow, axis, wanted[0], rest)]
-
-
-def _split(node: Node, inputs: list[Value | None]) -> list[Value] | None:
-    flow = inputs[0]
-    if not isinstance(flow, Flow) or flow.stage.kind == "input":
-        return None
-    axis = node.axis(len(flow.axes))
-    given = inputs[1] if len(inputs) > 1 else None
-    sizes = node.attributes.get("split") if given is None else integers(node.name, "split", given)
-    if len(node.outputs) != 2 or (sizes is not None and list(sizes) != [1, 1]):
-        raise refused(node.name, "Split of what flows, that is not into its directions")
-    rest = (*flow.axes[:axis], (), *flow.axes[axis + 1 :])
-    return [_one_way(node, flow, axis, way, rest) for way in range(2)]
-
-
-def _concat(node: Node, inputs: list[Value | None]) -> list[Value] | None:
-    """Two directions side by side, of one node or of two."""
-    flows = [each for each in inputs if isinstance(each, Flow)]
-    if all(each.last or each.stage.kind == "input" for each in flows):
-        return [Carried(node.name)]
-    if len(flows) != 2 or len(inputs) != 2:
-        raise refused(node.name, "Concat of what flows, that is not of two directions")
-    first, second = flows
-    axis = node.axis(len(first.axes))
-    apart = (
-        axis != len(first.axes) - 1
-        or first.axes[:-1] != second.axes[:-1]
-        or any(each.axes[-1] != each.features or each.last for each in flows)
-    )
-    if apart:
-        raise refused(node.name, "Concat along another axis than that of the features")
-    if (first.way, second.way) == (0, 1) and first.stage is second.stage:
-        ways = Atom(f"{node.name}.ways", Length(2))
-        features = (ways, *first.features)
-        return [replace(first, axes=(*first.axes[:-1], features), features=features, way=None)]
-    layers = [each.stage.content for each in flows]
-    same = first.stage.before is second.stage.before and first.way is second.way is None
-    if not same or not all(isinstance(each, ImportedLayer) for each in layers):
-        raise refused(node.name, "Concat of what flows, that is not of two directions")
-    forward, reverse = cast("list[ImportedLayer]", layers)
-    if "direction" in forward.table or reverse.table.get("direction") != "reverse":
-        raise refused(node.name, "Concat that is not of forward and then reverse")
-    both = two_ways(forward, reverse, name=node.name)
-    features = (Atom(f"{node.name}.ways", Length(2)), *first.features)
-    stage = Stage("layer", node.name, first.stage.before, both)
-    axes = (*first.axes[:-1], features)
-    return [replace(first, stage=stage, axes=axes, features=features)]
-
-
-FLOWS: Final[Mapping[str, Callable[[Node, list[Value | None]], list[Value] | None]]] = {
-    "Add": _add,
-    "Concat": _concat,
-    "Gather": _gather,
-    "Gemm": _gemm,
-    "MatMul": _matmul,
-    "Slice": _slice,
-    "Split": _split,
-}
-"""On what flows; None where what flows is only state, which `onnx_plumbing` sees to."""
+FLOWS: Final[Mapping[str, Operator]] = {
+    "Add": elementwise,
+    "BatchNormalization": batch_normalization,
+    "Div": elementwise,
+    "Gemm": gemm,
+    "MatMul": mat_mul,
+    "Mul": elementwise,
+    "Neg": negative,
+    "ReverseSequence": reverse_sequence,
+    "Sub": elementwise,
+} | dict.fromkeys(ACTIVATIONS, activation)

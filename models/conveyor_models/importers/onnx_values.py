@@ -1,57 +1,32 @@
 """What the wires of an ONNX graph carry, as far as an importer has to know it.
 
-A graph is not run but followed. A wire carries a known array; or a shape, some of whose lengths are
-only known when it runs; or one array repeated along such lengths (an initial state made of zeros);
-or what flows from the input to the output, of which it is known which axis is which; or the state
-of a recurrent node.
+A graph is not run but followed. A wire carries a known array; a shape, some of whose lengths are
+only known when it runs; one array or one length repeated along such lengths (an initial state of
+zeros); the rows that flow from an input to the outputs; entries of inputs and of final states
+that were moved and not changed; or something that is refused as soon as it matters.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Sequence as Several
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from conveyor_models.errors import UnsupportedModuleError
 from conveyor_models.importers.common import ImportedLayer, refused
-from conveyor_models.spec import WEIGHT_VALUES_MAX
+from conveyor_models.importers.folding import Affine
+from conveyor_models.importers.onnx_shapes import ONE, Length, product
 
 Array: TypeAlias = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Length:
-    """A number times lengths that are known when the graph runs."""
-
-    number: int = 1
-    unknown: tuple[str, ...] = ()
-
-    def times(self, other: Length) -> Length:
-        """Their product."""
-        return Length(self.number * other.number, tuple(sorted(self.unknown + other.unknown)))
-
-    @property
-    def known(self) -> int | None:
-        """Its value, if the file says it."""
-        return None if self.unknown else self.number
-
-
-ONE = Length()
-
-
-def product(lengths: Sequence[Length]) -> Length:
-    """All of them multiplied."""
-    total = ONE
-    for each in lengths:
-        total = total.times(each)
-    return total
+LENGTHS_MAX = 64
+"""Of a shape: numpy's arrays have no more axes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Known:
-    """An array that the file holds."""
+    """An array that the file holds, or that follows from those it holds."""
 
     array: Array
 
@@ -62,6 +37,14 @@ class Lengths:
 
     of: tuple[Length, ...]
     scalar: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """One length over and over: the number of steps, for every sequence of a batch."""
+
+    length: Length
+    lengths: tuple[Length, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +64,15 @@ class Atom:
 
 
 Axis: TypeAlias = tuple[Atom, ...]
-"""An axis as a graph has it at some point: several merged, or none where its length is 1."""
+"""An axis as a graph has it at some point: several merged, or none where its length is 1.
+
+An axis of length 1 may stand anywhere, so no atom in an axis has that length."""
+
+Row: TypeAlias = int | Literal["ends"]
+"""One step's row, or where each direction of a layer ends.
+
+A step is counted from 0 where the file states how many there are, or where it takes the step by its
+number from the beginning; from the end, where the last is -1, otherwise."""
 
 
 def axis_length(axis: Axis) -> Length:
@@ -91,51 +82,184 @@ def axis_length(axis: Axis) -> Length:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stage:
-    """How far on the way from input to output."""
+    """A part of the bundle that was passed on the way from an input to the outputs."""
 
-    kind: str
-    """input, embedding, layer, matrix, bias or activation"""
+    kind: Literal["input", "embedding", "layer"]
     node: str
     before: Stage | None = None
-    content: ImportedLayer | Array | str | None = None
+    affine: Affine | None = None
+    """What the rows pass between `before` and this."""
+    content: str | Array | tuple[ImportedLayer, ...] = ""
+    """An input's type, an embedding's table, a layer for each direction with forward first."""
+
+    @property
+    def layers(self) -> tuple[ImportedLayer, ...]:
+        """A layer for each direction; none of what is no layer."""
+        return self.content if isinstance(self.content, tuple) else ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The recurrent nodes that it is."""
+        return frozenset(layer.name for layer in self.layers)
+
+    @property
+    def origin(self) -> str:
+        """The graph's input that the rows come from."""
+        stage = self
+        while stage.before is not None:
+            stage = stage.before
+        return stage.node
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flow:
-    """What goes from the input to the output."""
+    """The rows that go from an input to the outputs."""
 
     stage: Stage
     axes: tuple[Axis, ...]
     features: Axis
-    """What makes up one step's row, in the order of the bundle."""
+    """What makes up one step's row; the order of the atoms is that of its numbers."""
+    affine: Affine | None = None
+    """What the rows have passed since the stage."""
+    maps: int = 0
+    """How many maps that is."""
+    biased: bool = False
+    """Whether one of them adds something."""
+    activation: str | None = None
     time: Atom | None = None
     """Known from the first recurrent node on."""
+    flipped: frozenset[Atom] = frozenset()
+    """Axes that run from their end."""
     tokens: bool = False
-    last: bool = False
-    """Whether it is only the last step's."""
-    way: int | None = None
-    """One direction's part of a bidirectional node."""
+    row: Row | None = None
+    """The one step's row that is left; None where every step's is."""
+    steps: int | None = None
+    """How many steps the graph is written out for, one by one; None where it is not."""
+    final: bool = False
+    """Whether it is the state that a recurrent node ended with, and nothing else."""
+    computed: str | None = None
+    """The first node that changed a number since the stage."""
 
     @property
     def lengths(self) -> tuple[Length, ...]:
         """Of its axes."""
         return tuple(axis_length(axis) for axis in self.axes)
 
+    @property
+    def size(self) -> int | None:
+        """Numbers in a row, if the file says it."""
+        return axis_length(self.features).known
+
+    @property
+    def raw(self) -> bool:
+        """Whether it is an input of which nothing but places has changed."""
+        return self.stage.kind == "input" and self.computed is None and self.activation is None
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Carried:
-    """State of a recurrent node, which is a session's carry: into it or out of it."""
+class Stacked:
+    """Final states of several layers or directions laid together along the first axes."""
 
+    lead: tuple[int, ...]
+    parts: tuple[Flow, ...]
+
+    @property
+    def lengths(self) -> tuple[Length, ...]:
+        """Of its axes."""
+        return (*map(Length.of, self.lead), *self.parts[0].lengths)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moved:
+    """Entries of inputs and of final states, put elsewhere and not changed."""
+
+    inputs: frozenset[str] = frozenset()
+    states: frozenset[str] = frozenset()
+    """The recurrent nodes that ended with them."""
+    why: UnsupportedModuleError | None = None
+    """Why it is not the rows that flow."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequence:
+    """What flows, taken apart along one axis."""
+
+    flow: Flow
+    axis: int
+    drops: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Start:
+    """A map of a constant state: what a first step adds to its row's map."""
+
+    value: Known | Repeated
+    state: Array
+    """[H]"""
+    affine: Affine
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mixed:
+    """A map of one step's row and a map of the state before it, added."""
+
+    parts: tuple[Flow, Flow | Start]
+    why: UnsupportedModuleError | None = None
+    """Why that is no map of one row."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """A part of a cell that is written out; `onnx_unrolled` knows what it may be a part of."""
+
+    op: str
     node: str
-    rows: tuple[Flow | None, ...] = ()
-    """Along the first axis: the last step's h of a layer that runs forward, or something else."""
+    args: tuple[Value, ...]
 
 
-Value: TypeAlias = Known | Lengths | Repeated | Flow | Carried
+@dataclass(frozen=True, slots=True, eq=False)
+class Refused:
+    """What no bundle computes; an error once an output or a recurrent node depends on it."""
+
+    error: UnsupportedModuleError
+
+
+Value: TypeAlias = (
+    Known
+    | Lengths
+    | Counts
+    | Repeated
+    | Flow
+    | Stacked
+    | Moved
+    | Sequence
+    | Start
+    | Mixed
+    | Term
+    | Refused
+)
+
+
+def sources_of(value: Value) -> Moved | None:
+    """Where the entries of a value come from, if they are those of inputs and final states."""
+    match value:
+        case Moved():
+            return value
+        case Flow() if value.raw:
+            return Moved(inputs=frozenset({value.stage.node}))
+        case Flow() if value.final:
+            return Moved(states=value.stage.names)
+        case Stacked():
+            return Moved(states=frozenset[str]().union(*(part.stage.names for part in value.parts)))
+        case _:
+            return None
 
 
 def known(node: str, what: str, value: Value | None) -> Array:
     """The array of an input that has to be one."""
+    if isinstance(value, Lengths) and all(each.known is not None for each in value.of):
+        found = np.array([each.known for each in value.of], np.int64)
+        return found[0] if value.scalar else found
     if not isinstance(value, Known):
         raise refused(node, f"{what} is not a constant")
     return value.array
@@ -146,9 +270,9 @@ def lengths_of(node: str, what: str, value: Value | None) -> tuple[Length, ...]:
     if isinstance(value, Lengths):
         return value.of
     array = known(node, what, value)
-    if array.dtype.kind not in "iu" or array.ndim > 1 or array.size > 64:
+    if array.dtype.kind not in "iu" or array.ndim > 1 or array.size > LENGTHS_MAX:
         raise refused(node, f"{what} is not a shape")
-    return tuple(Length(int(each)) for each in np.atleast_1d(array))
+    return tuple(Length.of(int(each)) for each in np.atleast_1d(array))
 
 
 def integers(node: str, what: str, value: Value | None) -> list[int]:
@@ -159,10 +283,10 @@ def integers(node: str, what: str, value: Value | None) -> list[int]:
     return [each for each in found if each is not None]
 
 
-def bounded(node: str, shape: Sequence[int]) -> None:
-    """Refuses an array that is larger than any weight may be, before it is made."""
-    if any(each < 0 for each in shape) or math.prod(shape) > WEIGHT_VALUES_MAX:
-        raise refused(node, f"makes an array of shape {list(shape)[:8]}")
+def last_row(time: Atom | None) -> int:
+    """The last step's."""
+    length = None if time is None else time.length.known
+    return -1 if length is None else length - 1
 
 
 def axis_number(node: str, axis: int, rank: int) -> int:
@@ -172,7 +296,12 @@ def axis_number(node: str, axis: int, rank: int) -> int:
     return axis % rank
 
 
-def regrouped(node: str, flow: Flow, target: Sequence[Length], copies: bool) -> tuple[Axis, ...]:
+def axis_of(atom: Atom) -> Axis:
+    """The axis that is this atom; one of length 1 has none, for it may stand anywhere."""
+    return () if atom.length == ONE else (atom,)
+
+
+def regrouped(node: str, flow: Flow, target: Several[Length], copies: bool) -> tuple[Axis, ...]:
     """The axes after a Reshape, which may only merge, part and drop what it had merged.
 
     Args:
@@ -183,17 +312,17 @@ def regrouped(node: str, flow: Flow, target: Sequence[Length], copies: bool) -> 
     """
     wanted = list(target)
     for place, length in enumerate(wanted):
-        if length == Length(0):
+        if length == Length.of(0):
             if not copies or place >= len(flow.axes):
                 raise refused(node, "reshapes to a length of 0")
             wanted[place] = flow.lengths[place]
-    open_places = [place for place, length in enumerate(wanted) if length == Length(-1)]
+    open_places = [place for place, length in enumerate(wanted) if length == Length.of(-1)]
     if len(open_places) > 1:
         raise refused(node, "reshapes to two open lengths")
     atoms = [atom for axis in flow.axes for atom in axis]
     if not open_places:
         front = [_take(node, atoms, length, 0) for length in wanted]
-        if any(atom.length != ONE for atom in atoms):
+        if atoms:
             raise refused(node, "reshapes to something that is not its axes merged or parted")
         return tuple(front)
     at = open_places[0]
@@ -205,9 +334,7 @@ def regrouped(node: str, flow: Flow, target: Sequence[Length], copies: bool) -> 
 def _take(node: str, atoms: list[Atom], length: Length, end: int) -> Axis:
     """Atoms from one end that come to the length; they are taken out of the list."""
     taken: list[Atom] = []
-    if length == ONE and (not atoms or atoms[end].length != ONE):
-        return ()
-    while not taken or product([atom.length for atom in taken]) != length:
+    while product([atom.length for atom in taken]) != length:
         if not atoms:
             raise refused(node, "reshapes to something that is not its axes merged or parted")
         taken.append(atoms.pop(end))

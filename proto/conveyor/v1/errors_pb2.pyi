@@ -25,29 +25,29 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_UNSPECIFIED: _ErrorReason.ValueType  # 0
     """Not sent."""
     ERROR_REASON_MODEL_NOT_FOUND: _ErrorReason.ValueType  # 1
-    """(NOT_FOUND) No model of that name, or not in that version."""
+    """(NOT_FOUND) There is no model of that name, or no such version of it; the message says what there is."""
     ERROR_REASON_MODEL_NOT_STREAMABLE: _ErrorReason.ValueType  # 2
-    """(FAILED_PRECONDITION) The model cannot be stepped, only used with Predict: it has bidirectional or reverse layers."""
+    """(FAILED_PRECONDITION) The model has bidirectional or reverse layers, so it cannot be stepped; use Predict."""
     ERROR_REASON_MODEL_NOT_GENERATIVE: _ErrorReason.ValueType  # 3
-    """(FAILED_PRECONDITION) The model's output cannot be fed back as its input, so Generate has no meaning for it."""
+    """(FAILED_PRECONDITION) The model's output cannot be its next input, so it cannot generate."""
     ERROR_REASON_SESSION_NOT_FOUND: _ErrorReason.ValueType  # 10
-    """(NOT_FOUND) No such session, or it belongs to somebody else: the two are not told apart."""
+    """(NOT_FOUND) There is no such session, or it belongs to another caller; the answer is the same for both."""
     ERROR_REASON_SESSION_EXPIRED: _ErrorReason.ValueType  # 11
-    """(NOT_FOUND) The caller's own session, ended because its lease or its lifetime ran out."""
+    """(NOT_FOUND) The caller's own session, which ended because its idle time or its lifetime was over."""
     ERROR_REASON_SESSION_CLOSED: _ErrorReason.ValueType  # 12
-    """(NOT_FOUND) The caller's own session, ended by CloseSession or a close frame."""
+    """(NOT_FOUND) The caller's own session, which ended with CloseSession or a close frame."""
     ERROR_REASON_SESSION_EVICTED: _ErrorReason.ValueType  # 13
-    """(NOT_FOUND) The caller's own session, ended by the server to make room."""
+    """(NOT_FOUND) The caller's own session, which the server ended to free memory."""
     ERROR_REASON_SESSION_FENCED: _ErrorReason.ValueType  # 14
-    """(ABORTED) Another server claimed the session; this one's epoch is over. Open it again."""
+    """(ABORTED) Another server has claimed the session. Open it again."""
     ERROR_REASON_SESSION_MOVED: _ErrorReason.ValueType  # 15
-    """(UNAVAILABLE) The session lives on another server now. Open it again."""
+    """(UNAVAILABLE) The session is on another server now. Open it again."""
     ERROR_REASON_SESSION_EXISTS: _ErrorReason.ValueType  # 16
     """(ALREADY_EXISTS) OpenSession with mode CREATE, ForkSession or ImportSession named an id that is taken."""
     ERROR_REASON_SESSION_SUPERSEDED: _ErrorReason.ValueType  # 17
-    """(ABORTED) A newer stream or call opened the session; the older one lost it."""
+    """(ABORTED) A newer stream or call has opened the session; the older one lost it."""
     ERROR_REASON_SESSION_QUARANTINED: _ErrorReason.ValueType  # 18
-    """(DATA_LOSS) The carry became non-finite; the session is quarantined until it is reset or closed."""
+    """(DATA_LOSS) The state became NaN or infinite; the session is quarantined until it is reset or closed."""
     ERROR_REASON_SESSION_MISMATCH: _ErrorReason.ValueType  # 19
     """(FAILED_PRECONDITION) The session exists, but with another model, version, memory or option than the request names."""
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 30
@@ -55,69 +55,69 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     "message" where the bytes are no message of the method's type, or where there are none.
     """
     ERROR_REASON_INVALID_SHAPE: _ErrorReason.ValueType  # 31
-    """(INVALID_ARGUMENT) The payload's byte count is not what the declared steps, or memory rows, of this model take."""
+    """(INVALID_ARGUMENT) The payload does not have the bytes that so many steps, or memory rows, of this model take."""
     ERROR_REASON_NON_FINITE_INPUT: _ErrorReason.ValueType  # 32
     """(INVALID_ARGUMENT) A feature, or a number of the attention memory, is NaN or infinite."""
     ERROR_REASON_TOKEN_OUT_OF_RANGE: _ErrorReason.ValueType  # 33
     """(INVALID_ARGUMENT) A token is outside the model's vocabulary."""
     ERROR_REASON_EMPTY_CHUNK: _ErrorReason.ValueType  # 34
-    """(INVALID_ARGUMENT) A chunk holds no step, or a frame no entry."""
+    """(INVALID_ARGUMENT) A chunk has no steps, or a frame no entries."""
     ERROR_REASON_CHUNK_TOO_LONG: _ErrorReason.ValueType  # 35
-    """(INVALID_ARGUMENT) A chunk holds more steps than the model or the server takes."""
+    """(INVALID_ARGUMENT) A chunk has more steps, or asks for more bytes of results, than the limit of model or server."""
     ERROR_REASON_UNKNOWN_HANDLE: _ErrorReason.ValueType  # 36
     """(INVALID_ARGUMENT) The stream has no open session under that handle."""
     ERROR_REASON_INVALID_MEMORY: _ErrorReason.ValueType  # 37
-    """(INVALID_ARGUMENT) The model attends over a memory and none was given, or one without rows, or the other way about."""
+    """(INVALID_ARGUMENT) The model attends over a memory and got none, or an empty one; or it takes none and got one."""
     ERROR_REASON_MESSAGE_TOO_LARGE: _ErrorReason.ValueType  # 38
-    """(RESOURCE_EXHAUSTED) A message is larger than the server takes."""
+    """(RESOURCE_EXHAUSTED) A message or its metadata is larger than the server's limit."""
     ERROR_REASON_STEP_GAP: _ErrorReason.ValueType  # 50
     """(FAILED_PRECONDITION) first_step is beyond the next step; the metadata key "expected_step" names the right one."""
     ERROR_REASON_STEP_CONFLICT: _ErrorReason.ValueType  # 51
-    """(ABORTED) A step that was taken already came again with another payload."""
+    """(ABORTED) A step that has run was sent again with different input."""
     ERROR_REASON_STEP_RESULT_NOT_HELD: _ErrorReason.ValueType  # 52
-    """(FAILED_PRECONDITION) A step that was taken already came again, and its result is no longer held."""
+    """(FAILED_PRECONDITION) A step that has run was sent again, and its result is no longer kept."""
     ERROR_REASON_SESSIONS_LIMIT: _ErrorReason.ValueType  # 70
-    """(RESOURCE_EXHAUSTED) The server holds as many sessions as it may."""
+    """(RESOURCE_EXHAUSTED) The server has reached its number of sessions, or has no memory for another one."""
     ERROR_REASON_PRINCIPAL_SESSIONS_LIMIT: _ErrorReason.ValueType  # 71
-    """(RESOURCE_EXHAUSTED) The caller holds as many sessions as it may."""
+    """(RESOURCE_EXHAUSTED) The caller has reached its number of sessions."""
     ERROR_REASON_STREAM_SESSIONS_LIMIT: _ErrorReason.ValueType  # 72
-    """(RESOURCE_EXHAUSTED) The stream holds as many sessions as it may."""
+    """(RESOURCE_EXHAUSTED) The stream has reached its number of sessions."""
     ERROR_REASON_STEPS_IN_FLIGHT_LIMIT: _ErrorReason.ValueType  # 73
-    """(RESOURCE_EXHAUSTED) The session has as many unanswered steps as it may."""
+    """(RESOURCE_EXHAUSTED) The session has too many steps that are not answered yet."""
     ERROR_REASON_INBOX_FULL: _ErrorReason.ValueType  # 74
     """(RESOURCE_EXHAUSTED) The server's inbox is full."""
     ERROR_REASON_STREAMS_LIMIT: _ErrorReason.ValueType  # 75
-    """(RESOURCE_EXHAUSTED) The server carries as many streams as it may."""
+    """(RESOURCE_EXHAUSTED) The server has reached its number of streams."""
     ERROR_REASON_MEMORY_TOO_LARGE: _ErrorReason.ValueType  # 76
-    """(RESOURCE_EXHAUSTED) The attention memory has more rows than the model or the server takes."""
+    """(RESOURCE_EXHAUSTED) The attention memory has more rows than the limit of model or server."""
     ERROR_REASON_SLOW_READER: _ErrorReason.ValueType  # 77
     """(RESOURCE_EXHAUSTED) The client reads its results too slowly."""
     ERROR_REASON_DEVICE_OUT_OF_MEMORY: _ErrorReason.ValueType  # 78
-    """(RESOURCE_EXHAUSTED) The device has no memory left for this."""
+    """(RESOURCE_EXHAUSTED) The device is out of memory."""
     ERROR_REASON_CALLS_LIMIT: _ErrorReason.ValueType  # 79
-    """(RESOURCE_EXHAUSTED) The server handles as many calls, or as many bytes of requests, as it may."""
+    """(RESOURCE_EXHAUSTED) The server has as many calls, or as many bytes of requests, as it may."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 90
-    """(DEADLINE_EXCEEDED) The chunk was not begun within its time, or the call's message did not come; nothing was run."""
+    """(DEADLINE_EXCEEDED) The chunk did not start before its deadline, or the call's message did not come; nothing was run."""
     ERROR_REASON_SERVER_DRAINING: _ErrorReason.ValueType  # 91
-    """(UNAVAILABLE) The server is stopping. Reconnect, to another one if there is one."""
+    """(UNAVAILABLE) The server is shutting down. Connect again, to another one if there is one."""
     ERROR_REASON_ENGINE_FAILED: _ErrorReason.ValueType  # 92
-    """(INTERNAL) The engine failed on this batch; every carry in it is as it was before."""
+    """(INTERNAL) The engine failed on this batch; every state in it is unchanged."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 93
-    """(INTERNAL) The server made a mistake that is not the caller's."""
+    """(INTERNAL) The server failed through no fault of the caller."""
     ERROR_REASON_NOT_SUPPORTED: _ErrorReason.ValueType  # 94
-    """(UNIMPLEMENTED) This server, as configured, does not do this."""
+    """(UNIMPLEMENTED) This server, as it is configured, does not support this."""
     ERROR_REASON_SNAPSHOT_CORRUPT: _ErrorReason.ValueType  # 110
     """(DATA_LOSS) A snapshot or checkpoint is truncated or its checksum does not match."""
     ERROR_REASON_SNAPSHOT_INCOMPATIBLE: _ErrorReason.ValueType  # 111
     """(FAILED_PRECONDITION) A snapshot is of another model digest, layout, data type or format version."""
     ERROR_REASON_CHECKPOINT_NOT_RETAINED: _ErrorReason.ValueType  # 112
-    """(FAILED_PRECONDITION) No checkpoint of that step is retained."""
+    """(FAILED_PRECONDITION) No checkpoint of that step is kept."""
     ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 113
     """(UNAVAILABLE) The store does not answer."""
     ERROR_REASON_STORE_LOST_WRITES: _ErrorReason.ValueType  # 114
-    """(DATA_LOSS) The store is not the one the session's token came from: acknowledged writes may be gone."""
+    """(DATA_LOSS) The session's token comes from an earlier run of the store: acknowledged writes may be gone."""
     ERROR_REASON_INVALID_TOKEN: _ErrorReason.ValueType  # 115
-    """(INVALID_ARGUMENT) The session token is malformed."""
+    """(INVALID_ARGUMENT) The session token is malformed, or of another session."""
     ERROR_REASON_SERVER_RESTARTED: _ErrorReason.ValueType  # 116
     """(DATA_LOSS) The session token is from before the server restarted, and the sessions were in its memory only."""
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 130
@@ -133,35 +133,35 @@ class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     The transport refuses a few things by itself, before the service sees them and so without ErrorInfo: a message or
     metadata far above the limits (RESOURCE_EXHAUSTED), and an unknown method (UNIMPLEMENTED).
 
-    The status code that goes with each reason stands in parentheses.
+    The status code that goes with each reason is in parentheses.
     """
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 """Not sent."""
 ERROR_REASON_MODEL_NOT_FOUND: ErrorReason.ValueType  # 1
-"""(NOT_FOUND) No model of that name, or not in that version."""
+"""(NOT_FOUND) There is no model of that name, or no such version of it; the message says what there is."""
 ERROR_REASON_MODEL_NOT_STREAMABLE: ErrorReason.ValueType  # 2
-"""(FAILED_PRECONDITION) The model cannot be stepped, only used with Predict: it has bidirectional or reverse layers."""
+"""(FAILED_PRECONDITION) The model has bidirectional or reverse layers, so it cannot be stepped; use Predict."""
 ERROR_REASON_MODEL_NOT_GENERATIVE: ErrorReason.ValueType  # 3
-"""(FAILED_PRECONDITION) The model's output cannot be fed back as its input, so Generate has no meaning for it."""
+"""(FAILED_PRECONDITION) The model's output cannot be its next input, so it cannot generate."""
 ERROR_REASON_SESSION_NOT_FOUND: ErrorReason.ValueType  # 10
-"""(NOT_FOUND) No such session, or it belongs to somebody else: the two are not told apart."""
+"""(NOT_FOUND) There is no such session, or it belongs to another caller; the answer is the same for both."""
 ERROR_REASON_SESSION_EXPIRED: ErrorReason.ValueType  # 11
-"""(NOT_FOUND) The caller's own session, ended because its lease or its lifetime ran out."""
+"""(NOT_FOUND) The caller's own session, which ended because its idle time or its lifetime was over."""
 ERROR_REASON_SESSION_CLOSED: ErrorReason.ValueType  # 12
-"""(NOT_FOUND) The caller's own session, ended by CloseSession or a close frame."""
+"""(NOT_FOUND) The caller's own session, which ended with CloseSession or a close frame."""
 ERROR_REASON_SESSION_EVICTED: ErrorReason.ValueType  # 13
-"""(NOT_FOUND) The caller's own session, ended by the server to make room."""
+"""(NOT_FOUND) The caller's own session, which the server ended to free memory."""
 ERROR_REASON_SESSION_FENCED: ErrorReason.ValueType  # 14
-"""(ABORTED) Another server claimed the session; this one's epoch is over. Open it again."""
+"""(ABORTED) Another server has claimed the session. Open it again."""
 ERROR_REASON_SESSION_MOVED: ErrorReason.ValueType  # 15
-"""(UNAVAILABLE) The session lives on another server now. Open it again."""
+"""(UNAVAILABLE) The session is on another server now. Open it again."""
 ERROR_REASON_SESSION_EXISTS: ErrorReason.ValueType  # 16
 """(ALREADY_EXISTS) OpenSession with mode CREATE, ForkSession or ImportSession named an id that is taken."""
 ERROR_REASON_SESSION_SUPERSEDED: ErrorReason.ValueType  # 17
-"""(ABORTED) A newer stream or call opened the session; the older one lost it."""
+"""(ABORTED) A newer stream or call has opened the session; the older one lost it."""
 ERROR_REASON_SESSION_QUARANTINED: ErrorReason.ValueType  # 18
-"""(DATA_LOSS) The carry became non-finite; the session is quarantined until it is reset or closed."""
+"""(DATA_LOSS) The state became NaN or infinite; the session is quarantined until it is reset or closed."""
 ERROR_REASON_SESSION_MISMATCH: ErrorReason.ValueType  # 19
 """(FAILED_PRECONDITION) The session exists, but with another model, version, memory or option than the request names."""
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 30
@@ -169,69 +169,69 @@ ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 30
 "message" where the bytes are no message of the method's type, or where there are none.
 """
 ERROR_REASON_INVALID_SHAPE: ErrorReason.ValueType  # 31
-"""(INVALID_ARGUMENT) The payload's byte count is not what the declared steps, or memory rows, of this model take."""
+"""(INVALID_ARGUMENT) The payload does not have the bytes that so many steps, or memory rows, of this model take."""
 ERROR_REASON_NON_FINITE_INPUT: ErrorReason.ValueType  # 32
 """(INVALID_ARGUMENT) A feature, or a number of the attention memory, is NaN or infinite."""
 ERROR_REASON_TOKEN_OUT_OF_RANGE: ErrorReason.ValueType  # 33
 """(INVALID_ARGUMENT) A token is outside the model's vocabulary."""
 ERROR_REASON_EMPTY_CHUNK: ErrorReason.ValueType  # 34
-"""(INVALID_ARGUMENT) A chunk holds no step, or a frame no entry."""
+"""(INVALID_ARGUMENT) A chunk has no steps, or a frame no entries."""
 ERROR_REASON_CHUNK_TOO_LONG: ErrorReason.ValueType  # 35
-"""(INVALID_ARGUMENT) A chunk holds more steps than the model or the server takes."""
+"""(INVALID_ARGUMENT) A chunk has more steps, or asks for more bytes of results, than the limit of model or server."""
 ERROR_REASON_UNKNOWN_HANDLE: ErrorReason.ValueType  # 36
 """(INVALID_ARGUMENT) The stream has no open session under that handle."""
 ERROR_REASON_INVALID_MEMORY: ErrorReason.ValueType  # 37
-"""(INVALID_ARGUMENT) The model attends over a memory and none was given, or one without rows, or the other way about."""
+"""(INVALID_ARGUMENT) The model attends over a memory and got none, or an empty one; or it takes none and got one."""
 ERROR_REASON_MESSAGE_TOO_LARGE: ErrorReason.ValueType  # 38
-"""(RESOURCE_EXHAUSTED) A message is larger than the server takes."""
+"""(RESOURCE_EXHAUSTED) A message or its metadata is larger than the server's limit."""
 ERROR_REASON_STEP_GAP: ErrorReason.ValueType  # 50
 """(FAILED_PRECONDITION) first_step is beyond the next step; the metadata key "expected_step" names the right one."""
 ERROR_REASON_STEP_CONFLICT: ErrorReason.ValueType  # 51
-"""(ABORTED) A step that was taken already came again with another payload."""
+"""(ABORTED) A step that has run was sent again with different input."""
 ERROR_REASON_STEP_RESULT_NOT_HELD: ErrorReason.ValueType  # 52
-"""(FAILED_PRECONDITION) A step that was taken already came again, and its result is no longer held."""
+"""(FAILED_PRECONDITION) A step that has run was sent again, and its result is no longer kept."""
 ERROR_REASON_SESSIONS_LIMIT: ErrorReason.ValueType  # 70
-"""(RESOURCE_EXHAUSTED) The server holds as many sessions as it may."""
+"""(RESOURCE_EXHAUSTED) The server has reached its number of sessions, or has no memory for another one."""
 ERROR_REASON_PRINCIPAL_SESSIONS_LIMIT: ErrorReason.ValueType  # 71
-"""(RESOURCE_EXHAUSTED) The caller holds as many sessions as it may."""
+"""(RESOURCE_EXHAUSTED) The caller has reached its number of sessions."""
 ERROR_REASON_STREAM_SESSIONS_LIMIT: ErrorReason.ValueType  # 72
-"""(RESOURCE_EXHAUSTED) The stream holds as many sessions as it may."""
+"""(RESOURCE_EXHAUSTED) The stream has reached its number of sessions."""
 ERROR_REASON_STEPS_IN_FLIGHT_LIMIT: ErrorReason.ValueType  # 73
-"""(RESOURCE_EXHAUSTED) The session has as many unanswered steps as it may."""
+"""(RESOURCE_EXHAUSTED) The session has too many steps that are not answered yet."""
 ERROR_REASON_INBOX_FULL: ErrorReason.ValueType  # 74
 """(RESOURCE_EXHAUSTED) The server's inbox is full."""
 ERROR_REASON_STREAMS_LIMIT: ErrorReason.ValueType  # 75
-"""(RESOURCE_EXHAUSTED) The server carries as many streams as it may."""
+"""(RESOURCE_EXHAUSTED) The server has reached its number of streams."""
 ERROR_REASON_MEMORY_TOO_LARGE: ErrorReason.ValueType  # 76
-"""(RESOURCE_EXHAUSTED) The attention memory has more rows than the model or the server takes."""
+"""(RESOURCE_EXHAUSTED) The attention memory has more rows than the limit of model or server."""
 ERROR_REASON_SLOW_READER: ErrorReason.ValueType  # 77
 """(RESOURCE_EXHAUSTED) The client reads its results too slowly."""
 ERROR_REASON_DEVICE_OUT_OF_MEMORY: ErrorReason.ValueType  # 78
-"""(RESOURCE_EXHAUSTED) The device has no memory left for this."""
+"""(RESOURCE_EXHAUSTED) The device is out of memory."""
 ERROR_REASON_CALLS_LIMIT: ErrorReason.ValueType  # 79
-"""(RESOURCE_EXHAUSTED) The server handles as many calls, or as many bytes of requests, as it may."""
+"""(RESOURCE_EXHAUSTED) The server has as many calls, or as many bytes of requests, as it may."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 90
-"""(DEADLINE_EXCEEDED) The chunk was not begun within its time, or the call's message did not come; nothing was run."""
+"""(DEADLINE_EXCEEDED) The chunk did not start before its deadline, or the call's message did not come; nothing was run."""
 ERROR_REASON_SERVER_DRAINING: ErrorReason.ValueType  # 91
-"""(UNAVAILABLE) The server is stopping. Reconnect, to another one if there is one."""
+"""(UNAVAILABLE) The server is shutting down. Connect again, to another one if there is one."""
 ERROR_REASON_ENGINE_FAILED: ErrorReason.ValueType  # 92
-"""(INTERNAL) The engine failed on this batch; every carry in it is as it was before."""
+"""(INTERNAL) The engine failed on this batch; every state in it is unchanged."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 93
-"""(INTERNAL) The server made a mistake that is not the caller's."""
+"""(INTERNAL) The server failed through no fault of the caller."""
 ERROR_REASON_NOT_SUPPORTED: ErrorReason.ValueType  # 94
-"""(UNIMPLEMENTED) This server, as configured, does not do this."""
+"""(UNIMPLEMENTED) This server, as it is configured, does not support this."""
 ERROR_REASON_SNAPSHOT_CORRUPT: ErrorReason.ValueType  # 110
 """(DATA_LOSS) A snapshot or checkpoint is truncated or its checksum does not match."""
 ERROR_REASON_SNAPSHOT_INCOMPATIBLE: ErrorReason.ValueType  # 111
 """(FAILED_PRECONDITION) A snapshot is of another model digest, layout, data type or format version."""
 ERROR_REASON_CHECKPOINT_NOT_RETAINED: ErrorReason.ValueType  # 112
-"""(FAILED_PRECONDITION) No checkpoint of that step is retained."""
+"""(FAILED_PRECONDITION) No checkpoint of that step is kept."""
 ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 113
 """(UNAVAILABLE) The store does not answer."""
 ERROR_REASON_STORE_LOST_WRITES: ErrorReason.ValueType  # 114
-"""(DATA_LOSS) The store is not the one the session's token came from: acknowledged writes may be gone."""
+"""(DATA_LOSS) The session's token comes from an earlier run of the store: acknowledged writes may be gone."""
 ERROR_REASON_INVALID_TOKEN: ErrorReason.ValueType  # 115
-"""(INVALID_ARGUMENT) The session token is malformed."""
+"""(INVALID_ARGUMENT) The session token is malformed, or of another session."""
 ERROR_REASON_SERVER_RESTARTED: ErrorReason.ValueType  # 116
 """(DATA_LOSS) The session token is from before the server restarted, and the sessions were in its memory only."""
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 130

@@ -5,7 +5,7 @@ import warnings
 
 from conveyor.v1 import session_pb2 as conveyor_dot_v1_dot_session__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.80.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class SessionServiceStub:
+class SessionServiceStub(object):
     """Stateful sessions on recurrent models.
 
     A session is one sequence's state on one model version. It is opened once; after that only new inputs travel, and the
@@ -117,7 +117,7 @@ class SessionServiceStub:
                 _registered_method=True)
 
 
-class SessionServiceServicer:
+class SessionServiceServicer(object):
     """Stateful sessions on recurrent models.
 
     A session is one sequence's state on one model version. It is opened once; after that only new inputs travel, and the
@@ -304,7 +304,7 @@ def add_SessionServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class SessionService:
+class SessionService(object):
     """Stateful sessions on recurrent models.
 
     A session is one sequence's state on one model version. It is opened once; after that only new inputs travel, and the

@@ -43,6 +43,7 @@ from conveyor_server.errors import (
     InvalidToken,
     MessageTooLarge,
     ModelNotGenerative,
+    limit_text,
 )
 from conveyor_server.scheduler.generation import Plan
 from conveyor_server.scheduler.sampling import Sampling
@@ -114,7 +115,7 @@ class Admission:
         Raises:
             EmptyChunk, ChunkTooLong, InvalidShape, NonFiniteInput, TokenOutOfRange.
         """
-        check_length(length, min(model.chunk_steps_max, self.limits.chunk_steps_max))
+        self._check_length(model, length)
         self._check_output(model, length, _ALL)
         check_size(model, rows, length)
         check_values(model, rows)
@@ -143,7 +144,7 @@ class Admission:
         size = sum(map(len, payloads))
         if size > self.limits.message_bytes_max:
             raise MessageTooLarge(
-                f"the message holds {size} bytes",
+                f"the message holds {size:,} bytes; send less at a time",
                 limit="limits.message_bytes_max",
                 maximum=self.limits.message_bytes_max,
             )
@@ -161,7 +162,7 @@ class Admission:
             InvalidShape: The bytes are not those of the entries, so none can be told from the next.
         """
         if not entries:
-            raise EmptyChunk("the frame has no entry")
+            raise EmptyChunk("the frame has no entries; expected at least 1")
         if len(entries) == 1:
             try:
                 return [self.chunk(entries[0], rows, now, deadline)]
@@ -169,7 +170,9 @@ class Admission:
                 return [error]
         sizes = [entry.length * entry.binding.model.input_row_bytes for entry in entries]
         if sum(sizes) != len(rows) or min(sizes) < 0:
-            raise InvalidShape(f"the frame holds {len(rows)} bytes, its entries take {sum(sizes)}")
+            raise InvalidShape(
+                f"the frame holds {len(rows):,} bytes, but its entries take {sum(sizes):,}"
+            )
         sound = _all_sound(entries, rows)
         checked: list[Chunk | ConveyorError] = []
         offset = 0
@@ -208,13 +211,16 @@ class Admission:
         """
         check_model_name(model)
         if len(token) > TOKEN_CHARACTERS_MAX:
-            raise InvalidToken("the session token is malformed")
+            raise InvalidToken(
+                f"the session token has {len(token):,} characters; pass the one that OpenSession"
+                " gave"
+            )
         if session_id or mode == OpenMode.RESUME:
             check_session_id(session_id)
         if not session_id and not model:
-            raise InvalidField("model", "required to create a session")
+            raise InvalidField("model", "is empty; a new session needs a model")
         if version < 0:
-            raise InvalidField("version", "below 0")
+            raise InvalidField("version", f"is {version}; expected 0 (the newest) or more")
         return OpenRequest(
             principal=principal,
             session_id=session_id,
@@ -247,8 +253,9 @@ class Admission:
             InvalidField: Not above 0, or above the limit.
         """
         if not 0 < seconds <= self.limits.idle_seconds_max:
+            bound = limit_text("limits.idle_seconds_max", self.limits.idle_seconds_max)
             raise InvalidField(
-                "idle_ttl", f"not above 0 s and at most {self.limits.idle_seconds_max:g} s"
+                "idle_ttl", f"is {seconds:.12g} s; expected more than 0, up to the limit ({bound})"
             )
         return seconds
 
@@ -259,14 +266,17 @@ class Admission:
             InvalidField: None, too many, malformed, or one twice.
         """
         if not 1 <= len(session_ids) <= self.limits.fork_sessions_max:
+            bound = limit_text("limits.fork_sessions_max", self.limits.fork_sessions_max)
             raise InvalidField(
-                "new_session_ids", f"not between 1 and {self.limits.fork_sessions_max} of them"
+                "new_session_ids",
+                f"has {len(session_ids):,} ids; expected at least 1, up to the limit ({bound})",
             )
         given = [session_id for session_id in session_ids if session_id]
         for session_id in given:
             check_session_id(session_id, "new_session_ids")
         if len(set(given)) != len(given):
-            raise InvalidField("new_session_ids", "one stands there twice")
+            twice = next(each for each in given if given.count(each) > 1)
+            raise InvalidField("new_session_ids", f"duplicate id {twice!r}")
         return session_ids
 
     def sequence(self, model: ModelInfo, length: int, rows: bytes, output: int = 0) -> None:
@@ -275,7 +285,7 @@ class Admission:
         Raises:
             EmptyChunk, ChunkTooLong, InvalidField, InvalidShape, NonFiniteInput, TokenOutOfRange.
         """
-        check_length(length, self.limits.predict_steps_max)
+        check_length(length, self.limits.predict_steps_max, "limits.predict_steps_max")
         self._check_output(model, length, output)
         check_size(model, rows, length)
         check_values(model, rows)
@@ -297,46 +307,68 @@ class Admission:
             TokenOutOfRange.
         """
         if not model.generative:
-            raise ModelNotGenerative(f"the output of model {model.key.name!r} is no input of it")
+            raise ModelNotGenerative(
+                f"model {model.key.name!r} cannot generate: its output has no use as its next"
+                " input;"
+                " step it instead"
+            )
         if steps_max < 1:
-            raise InvalidField("steps_max", "below 1")
-        check_length(prompt_length + steps_max, self.limits.generate_steps_max)
+            raise InvalidField("steps_max", f"is {steps_max}; expected at least 1")
+        limit = "limits.generate_steps_max"
+        check_length(prompt_length + steps_max, self.limits.generate_steps_max, limit)
         if prompt_length < 0:
-            raise InvalidField("prompt_length", "below 0")
+            raise InvalidField("prompt_length", f"is {prompt_length}; expected 0 or more")
         check_size(model, prompt, prompt_length)
         check_values(model, prompt)
         if not (math.isfinite(sampling.temperature) and 0 <= sampling.temperature <= 100):
-            raise InvalidField("temperature", "not between 0 and 100")
+            raise InvalidField("temperature", f"is {sampling.temperature:g}; expected 0 to 100")
         if sampling.top_k < 0:
-            raise InvalidField("top_k", "below 0")
+            raise InvalidField("top_k", f"is {sampling.top_k}; expected 0 (all tokens) or more")
         if model.input_kind is InputKind.FEATURES and (sampling != Sampling() or stop_tokens):
-            raise InvalidField("temperature", "sampling and stop tokens are for token models only")
-        if any(not 0 <= token < model.vocabulary_size for token in stop_tokens):
-            raise InvalidField("stop_tokens", "one is outside the vocabulary")
+            raise InvalidField(
+                "temperature",
+                f"sampling and stop tokens need a model of tokens; {model.key.name!r} takes"
+                " features",
+            )
+        for token in stop_tokens:
+            if not 0 <= token < model.vocabulary_size:
+                raise InvalidField(
+                    "stop_tokens", f"has {token}; expected 0 to {model.vocabulary_size - 1:,}"
+                )
         return Plan(model, steps_max, sampling, frozenset(stop_tokens))
 
     def _check_entry(self, entry: Entry) -> None:
         model = entry.binding.model
-        check_length(entry.length, min(model.chunk_steps_max, self.limits.chunk_steps_max))
+        self._check_length(model, entry.length)
         if not 1 <= entry.first_step <= STEP_MAX:
-            raise InvalidField("first_step", "steps are numbered from 1")
+            raise InvalidField(
+                "first_step", f"is {entry.first_step}; steps are numbered from 1 to {STEP_MAX:,}"
+            )
         traced = 0
         if entry.trace:
             if not 0 <= entry.trace < len(_TRACES):
-                raise InvalidField("trace", "not a known mode")
+                raise InvalidField("trace", f"{entry.trace} is not one of its values")
             traced = _trace_bytes(entry)
         self._check_output(model, entry.length, entry.output, traced)
+
+    def _check_length(self, model: ModelInfo, length: int) -> None:
+        server, limit = self.limits.chunk_steps_max, "limits.chunk_steps_max"
+        if model.chunk_steps_max < server:
+            check_length(length, model.chunk_steps_max, limit, model.key.name)
+        else:
+            check_length(length, server, limit)
 
     def _check_output(
         self, model: ModelInfo, length: int, output: int, trace_bytes: int = 0
     ) -> None:
         if not 0 <= output <= _NONE:
-            raise InvalidField("output", "not a known mode")
+            raise InvalidField("output", f"{output} is not one of its values")
         rows = length if output <= _ALL else 1 if output == _LAST else 0
         wanted = rows * model.output_size * ELEMENT_BYTES + trace_bytes
         if wanted > self.limits.result_bytes_max:
             raise ChunkTooLong(
-                f"{length} steps give {wanted} bytes of results",
+                f"{length:,} steps would return {wanted:,} bytes; send fewer, or ask for less"
+                " output",
                 limit="limits.result_bytes_max",
                 maximum=self.limits.result_bytes_max,
             )

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Final, TypeVar
 
 from conveyor_server.core import SESSION_ID, Durability, OpenMode
-from conveyor_server.errors import InvalidField, ModelNotFound
+from conveyor_server.errors import InvalidField, ModelNotFound, limit_text
 
 MODEL_NAME_CHARACTERS_MAX: Final = 128
 LABEL_KEY_CHARACTERS_MAX: Final = 64
 LABEL_VALUE_CHARACTERS_MAX: Final = 256
+SHOWN_CHARACTERS_MAX: Final = 40
 PAGE_SIZE_DEFAULT: Final = 100
 PAGE_SIZE_MAX: Final = 1000
 
@@ -18,13 +19,19 @@ E = TypeVar("E", OpenMode, Durability)
 def check_session_id(session_id: str, field: str = "session_id") -> None:
     """Raises `InvalidField` unless it is a well-formed session id."""
     if not SESSION_ID.fullmatch(session_id):
-        raise InvalidField(field, "not 1 to 128 characters of A-Z a-z 0-9 . _ : -")
+        found = (
+            "is empty" if not session_id else f"{session_id[:SHOWN_CHARACTERS_MAX]!r} is not an id"
+        )
+        raise InvalidField(field, f"{found}; expected 1 to 128 characters of A-Z a-z 0-9 . _ : -")
 
 
 def check_model_name(name: str) -> None:
     """Raises `ModelNotFound` for what is too long to be one, without repeating it."""
     if len(name) > MODEL_NAME_CHARACTERS_MAX:
-        raise ModelNotFound("there is no model of that name")
+        raise ModelNotFound(
+            f"there is no model with a name of {len(name):,} characters; names have at most"
+            f" {MODEL_NAME_CHARACTERS_MAX}"
+        )
 
 
 def sorted_labels(labels: Mapping[str, str], labels_max: int) -> tuple[tuple[str, str], ...]:
@@ -34,12 +41,20 @@ def sorted_labels(labels: Mapping[str, str], labels_max: int) -> tuple[tuple[str
         InvalidField: There are too many, a key is empty, or a key or a value is too long.
     """
     if len(labels) > labels_max:
-        raise InvalidField("labels", f"more than {labels_max} of them")
+        bound = limit_text("limits.labels_max", labels_max)
+        raise InvalidField("labels", f"has {len(labels):,} labels, more than the limit ({bound})")
     for key, value in labels.items():
         if not 1 <= len(key) <= LABEL_KEY_CHARACTERS_MAX:
-            raise InvalidField("labels", "a key is empty or too long")
+            raise InvalidField(
+                "labels",
+                f"a key has {len(key):,} characters; expected 1 to {LABEL_KEY_CHARACTERS_MAX}",
+            )
         if len(value) > LABEL_VALUE_CHARACTERS_MAX:
-            raise InvalidField("labels", "a value is too long")
+            raise InvalidField(
+                "labels",
+                f"the value of {key!r} has {len(value):,} characters; expected at most"
+                f" {LABEL_VALUE_CHARACTERS_MAX}",
+            )
     return tuple(sorted(labels.items()))
 
 
@@ -50,7 +65,7 @@ def page_size(wanted: int) -> int:
         InvalidField: Below 0.
     """
     if wanted < 0:
-        raise InvalidField("page_size", "below 0")
+        raise InvalidField("page_size", f"is {wanted}; expected 0 or more")
     return min(wanted or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
 
 
@@ -63,4 +78,4 @@ def member(kind: type[E], value: int, field: str) -> E:
     try:
         return kind(value)
     except ValueError as error:
-        raise InvalidField(field, "not a known value") from error
+        raise InvalidField(field, f"{value} is not one of its values") from error

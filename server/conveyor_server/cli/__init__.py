@@ -7,6 +7,7 @@ where it is used.
 from __future__ import annotations
 
 import asyncio
+import difflib
 import re
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from conveyor.install import install_command
 from conveyor_server.cli.importing import import_model
 from conveyor_server.cli.output import fail, input_text, layer_text
 
@@ -83,7 +85,7 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda:N.")] = None,
     settings: Settings = None,
 ) -> None:
-    """Serves until SIGTERM or SIGINT; SIGHUP looks for changed models.
+    """Serves until SIGTERM, SIGINT or its terminal's end; SIGHUP looks for changed models.
 
     Exit status 2 if it cannot start, 1 if it stopped by a mistake of its own.
     """
@@ -184,7 +186,7 @@ def main() -> None:
         missing = (error.name or "").partition(".")[0]
         if missing not in SERVER_EXTRA:
             raise
-        fail(f"the server needs `pip install 'conveyor[server]'`: {missing} is not installed")
+        fail(f"{missing}, which the server needs, is not installed: {install_command('server')}")
 
 
 def _load(config: Path | None, models: Path | None, flags: dict[str, str]) -> Config:
@@ -209,9 +211,11 @@ def _find(repository: Path, name: str, version: int | None) -> Bundle:
         return load_bundle(wanted[-1].path)
     if of_name:
         versions = ", ".join(str(found.spec.version) for found in of_name)
-        problems = [f"no version {version} of {name}, only {versions}"]
+        problems = [f"no version {version} of {name}; it has {versions}"]
     else:
-        problems = [f"no sound bundle {name}", *(str(each) for each in listing.problems)]
+        close = difflib.get_close_matches(name, listing.names, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        problems = [f"no sound bundle {name}{hint}", *(str(each) for each in listing.problems)]
     return fail("\n".join([f"{repository}: {problems[0]}", *problems[1:]]))
 
 
@@ -221,7 +225,7 @@ def _run_server(config: Path | None, flags: dict[str, str]) -> None:
     silence_grpc_core()
     from conveyor_server.app import App, ServerBroken, StartError
     from conveyor_server.config import ConfigError, load_config
-    from conveyor_server.engine.engine import DeviceError
+    from conveyor_server.engine.devices import DeviceError
     from conveyor_server.rpc.server import AddressError
 
     try:
@@ -292,6 +296,6 @@ def _flags(settings: list[str] | None) -> dict[str, str]:
     for setting in settings or []:
         path, equals, value = setting.partition("=")
         if not equals:
-            fail(f"--set {setting}: not of the form SECTION.KEY=VALUE")
+            fail(f"--set {setting}: expected SECTION.KEY=VALUE, as in limits.sessions_max=100")
         flags[path] = value
     return flags

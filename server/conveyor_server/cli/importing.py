@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +21,7 @@ def import_model(
     file: Annotated[
         Path,
         typer.Argument(
-            help=".safetensors, .pt or .pth state dict, .onnx, .keras or .h5 (Keras 3)."
+            help="State dict (.safetensors, .pt, .pth, .bin, .ckpt), .onnx, .keras or .h5 of Keras."
         ),
     ],
     name: Annotated[str, typer.Option(help="What the model is called here.")],
@@ -39,13 +42,45 @@ def import_model(
         ),
     ] = None,
     order: Annotated[
-        str, typer.Option(help="State dict: several recurrent modules, from the input upwards: A,B")
+        str,
+        typer.Option(
+            metavar="A,B,C",
+            help="State dict: the modules from the input to the output, every one or the recurrent"
+            " ones alone. Heads side by side: A,B+C.",
+        ),
     ] = "",
+    between: Annotated[
+        str | None,
+        typer.Option(
+            help="State dict: none, if nothing that computes lies between the modules of --order."
+            " Dropout is nothing, a ReLU is not.",
+        ),
+    ] = None,
     embedding: Annotated[
-        str | None, typer.Option(help="State dict: the module that is the nn.Embedding.")
+        str | None,
+        typer.Option(help="State dict: the module that is the nn.Embedding; none: there is none."),
     ] = None,
     head: Annotated[
-        str | None, typer.Option(help="State dict: the module that is the nn.Linear at the end.")
+        str | None,
+        typer.Option(
+            help="State dict: the module that is the nn.Linear at the end. Several side by side:"
+            " A,B, in the order of their outputs."
+        ),
+    ] = None,
+    initial_state: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[MODULE.]h=TENSOR",
+            help="State dict: the parameter that every session begins with; c=TENSOR for the cell"
+            " state of an LSTM; may be repeated.",
+        ),
+    ] = None,
+    epsilon: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[MODULE=]NUMBER",
+            help="State dict: eps of an nn.BatchNorm1d, 1e-05 unless it was set; may be repeated.",
+        ),
     ] = None,
     activation: Annotated[
         str | None,
@@ -56,29 +91,54 @@ def import_model(
 
     What a bundle cannot express exactly is refused by name and nothing is written; exit status 2.
     """
-    from conveyor_models import BundleError, add_bundle
-    from conveyor_models.importers import ImportOptions, parse_cells
+    from conveyor_models import AmbiguousModuleError, BundleError, add_bundle
+    from conveyor_models.importers import (
+        ImportOptions,
+        parse_cells,
+        parse_epsilon,
+        parse_initial_state,
+        parse_names,
+    )
     from conveyor_models.importers import import_model as read_model
 
     if activation not in (None, "none", "softmax", "log_softmax", "sigmoid"):
-        fail(f"--activation {activation}: not one of none, softmax, log_softmax, sigmoid")
+        fail(f"--activation {activation}: expected none, softmax, log_softmax or sigmoid")
     try:
         options = ImportOptions(
             cells=parse_cells(cell or []),
-            order=tuple(order.split(",")) if order else (),
+            order=parse_names(order),
+            between=between,
             embedding=embedding,
             head=head,
             activation=activation,
+            epsilon=parse_epsilon(epsilon or []),
+            initial_state=parse_initial_state(initial_state or []),
         )
         found = read_model(file, options)
         spec = found.spec(name, version or 1, description)
         bundle = add_bundle(
             into, spec, found.weights, versioned=version is not None, replace=replace
         )
+    except AmbiguousModuleError as error:
+        lines = [_command_line(sys.argv[1:], answer) for answer in error.answers]
+        fail("\n  ".join([f"{file}: {error}", *lines]))
     except BundleError as error:
         said = str(error)
         fail(said if error.path is not None else f"{file}: {said}")
     _show(bundle, found)
+
+
+def _command_line(given: Sequence[str], answer: Sequence[str]) -> str:
+    """The command as it was given, with the options of an answer in it."""
+    kept: list[str] = []
+    words = iter(given)
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if flag not in answer:
+            kept.append(word)
+        elif not equals:
+            next(words, None)
+    return shlex.join(["conveyor-server", *kept, *answer])
 
 
 def _show(bundle: Bundle, found: ImportedModel) -> None:

@@ -30,7 +30,7 @@ def examine(config_file: Path | None, flags: Mapping[str, str]) -> Iterator[Find
 def _examine_service(config_file: Path | None, flags: Mapping[str, str]) -> Iterator[Finding]:
     # They need the packages that were looked for just now.
     from conveyor_server.config import ConfigError, load_config  # noqa: PLC0415
-    from conveyor_server.doctor import service  # noqa: PLC0415
+    from conveyor_server.doctor import service, speed  # noqa: PLC0415
 
     try:
         config = load_config(config_file, flags)
@@ -48,6 +48,8 @@ def _examine_service(config_file: Path | None, flags: Mapping[str, str]) -> Iter
     models: list[service.Model] = []
     yield from _guarded("models", lambda: service.check_models(config, models))
     yield from _guarded("memory", lambda: service.check_memory(config, models))
+    infos = [model.info for model in models]
+    yield from _guarded("speed", lambda: speed.check_speed(config, infos))
 
 
 def _guarded(check: str, findings: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:

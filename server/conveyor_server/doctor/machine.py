@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
+from conveyor.install import install_command
 from conveyor_server.clock import SystemClock
 from conveyor_server.doctor.finding import Finding, fail, ok, warn
 
@@ -23,7 +24,7 @@ TICK_SECONDS_MAX: Final = 0.001
 """A coarser clock would blur what the metrics measure."""
 UNSYNCHRONISED: Final = 5
 """What adjtimex returns for a clock that nobody keeps right."""
-_REQUIREMENT: Final = re.compile(r"^([\w.-]+)(?:\[[^\]]*\])?\s*(?:[>=]=\s*([\d.]+))?")
+_REQUIREMENT: Final = re.compile(r"^([\w.-]+)(?:\[[^\]]*\])?[^>=]*(?:[>=]=\s*([\d.]+))?")
 
 
 def check_versions() -> Iterator[Finding]:
@@ -44,7 +45,7 @@ def check_versions() -> Iterator[Finding]:
         if _numbers(version) < _numbers(minimum):
             problems.append(f"{name} {version} is older than {minimum}")
     for problem in problems:
-        yield fail("versions", problem, "pip install --upgrade 'conveyor[server]'")
+        yield fail("versions", problem, install_command(NEEDED_EXTRA))
     if not problems:
         yield ok("versions", ", ".join(found))
 

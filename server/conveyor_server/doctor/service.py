@@ -4,23 +4,24 @@ import errno
 import importlib.util
 import ipaddress
 import socket
-import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from conveyor.install import install_command
 from conveyor_models import BundleError
 from conveyor_server.config import Config
 from conveyor_server.core import ModelInfo
 from conveyor_server.doctor.finding import Finding, fail, ok, warn
 from conveyor_server.doctor.machine import cores, memory_bytes
 from conveyor_server.engine.about import about_device
-from conveyor_server.engine.engine import DeviceError, TorchEngine, choose_device
+from conveyor_server.engine.devices import DeviceError, find_device
+from conveyor_server.engine.engine import TorchEngine
 from conveyor_server.engine.loader import load_repository
+from conveyor_server.errors import os_error_text
+from conveyor_server.rpc.tls import TlsFilesError, read_pair
 
-PROBE_SLOTS: Final = 8
-"""As many as the probe of same bits runs at once; a whole pool is not needed for it."""
 NVIDIA_DEVICE: Final = Path("/dev/nvidiactl")
 GIB: Final = 2**30
 
@@ -40,13 +41,13 @@ def check_exposure(config: Config) -> Iterator[Finding]:
         if not config.auth.tokens:
             yield warn(
                 "configuration",
-                f"{listen.address} is open to whoever reaches it: auth.tokens is empty",
-                "give every caller a token, unless something in front of it does so",
+                f"{listen.address} is open to anyone who can reach it: auth.tokens is empty",
+                "give every caller a token, unless a proxy in front checks who calls",
             )
         if listen.tls_certificate_file is None:
             yield warn(
                 "configuration",
-                f"{listen.address} speaks plain HTTP/2, tokens and inputs in clear",
+                f"{listen.address} does not use TLS: tokens and inputs travel in clear text",
                 "set listen.tls_certificate_file and listen.tls_key_file, unless a proxy ends TLS",
             )
     if listen.tls_certificate_file is not None and listen.tls_key_file is not None:
@@ -61,7 +62,7 @@ def check_exposure(config: Config) -> Iterator[Finding]:
         yield fail(
             "configuration",
             "tracing.endpoint is set and OpenTelemetry is not installed",
-            "pip install 'conveyor[otel]', or leave tracing.endpoint empty",
+            f"{install_command('otel')}; or leave tracing.endpoint empty",
         )
 
 
@@ -75,20 +76,11 @@ def _on_loopback(address: str) -> bool:
 
 def _check_tls(certificate: Path, key: Path) -> Finding:
     try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key, password=_no_passphrase)
-    except OSError as error:  # ssl's own errors are such too
-        return fail(
-            "tls",
-            f"{certificate} and {key} cannot be used: {error.strerror or error}",
-            "give a PEM chain and the private key that belongs to its first certificate",
-        )
+        read_pair(certificate, key)
+    except TlsFilesError as error:
+        advice = "give a PEM chain and the private key that belongs to its first certificate"
+        return fail("tls", str(error), advice)
     return ok("tls", f"{certificate} and its key belong together")
-
-
-def _no_passphrase() -> str:
-    """Instead of a question on the terminal."""
-    raise OSError("the key is encrypted, and the server has no passphrase")
 
 
 def check_store(config: Config) -> Iterator[Finding]:
@@ -118,7 +110,7 @@ def check_ports(config: Config) -> Iterator[Finding]:
         if setting != "listen.address" and _same_port(address, config.listen.address):
             yield fail(
                 "ports",
-                f"{setting} {address} is listen.address as well",
+                f"{setting} {address} is the same as listen.address",
                 f"set {setting} to another port",
             )
             continue
@@ -129,14 +121,15 @@ def check_ports(config: Config) -> Iterator[Finding]:
             yield warn(
                 "ports",
                 f"{setting} {address} is in use",
-                "well if it is the server in question that runs; else stop what listens there"
-                f" (`ss -ltnp`), or set {setting} to another port",
+                "fine if that is this server, running; else stop what listens there (`ss"
+                " -ltnp`), or"
+                f" set {setting} to another port",
             )
         else:
             yield fail(
                 "ports",
-                f"{setting} {address}: {(problem.strerror or str(problem)).lower()}",
-                f"set {setting} to an address of this machine and a port that you may use",
+                f"{setting} {address}: {os_error_text(problem)}",
+                f"set {setting} to an address of this machine and a port that this user may bind",
             )
 
 
@@ -177,21 +170,29 @@ def check_device(config: Config) -> Iterator[Finding]:
         return
     build = f"CUDA {report.cuda_version}" if report.cuda_version else "CPU only"
     yield ok("device", f"{report.device} ({report.name}), torch {report.torch_version} ({build})")
+    if report.passed_over:
+        yield warn(
+            "device",
+            f"there is a CUDA device that cannot be used: {report.passed_over}",
+            "install a build of torch that has kernels for it, or free its memory; until then"
+            " engine.device = auto takes the CPU",
+        )
     if report.kind == "cuda":
         return
-    if engine.device == "auto" and NVIDIA_DEVICE.exists():
+    if engine.device == "auto" and not report.passed_over and NVIDIA_DEVICE.exists():
         advice = (
             "the driver is too old for it, see `nvidia-smi`"
             if report.cuda_version
             else "install a CUDA build of torch"
         )
-        yield warn("device", "there is an NVIDIA device that torch does not use", advice)
+        yield warn("device", "torch does not use the NVIDIA device of this machine", advice)
     available = cores()
     if engine.cpu_threads > available:
         yield warn(
             "device",
-            f"engine.cpu_threads is {engine.cpu_threads}, and there are {available:g} cores",
-            "lower it; outputs are bit-identical for one value only, so choose it once",
+            f"engine.cpu_threads is {engine.cpu_threads}, but this machine has {available:g} cores",
+            "lower it; outputs are bit-identical only for the same value, so do not change it"
+            " later",
         )
 
 
@@ -201,10 +202,12 @@ def check_models(config: Config, models: list[Model]) -> Iterator[Finding]:
     Those that pass are added to `models`.
     """
     try:
-        device = choose_device(config.engine.device)
+        device = find_device(config.engine.device).device
     except DeviceError:
         return  # the check of the device says so
-    engine = TorchEngine(device, cpu_threads=config.engine.cpu_threads, slots=PROBE_SLOTS)
+    # As many slots as the probe of same bits runs at once; a whole pool is not needed for it.
+    slots = min(config.engine.slots, config.engine.batch_sessions_max)
+    engine = TorchEngine(device, cpu_threads=config.engine.cpu_threads, slots=slots)
     folder = config.models.folder
     try:
         found = load_repository(folder, engine, {}, config.limits)
@@ -212,9 +215,9 @@ def check_models(config: Config, models: list[Model]) -> Iterator[Finding]:
         yield fail("models", str(error), "set models.folder to the repository of models")
         return
     for problem in found.problems:
-        yield fail("models", problem, "correct the bundle or take it out; the others are served")
+        yield fail("models", problem, "correct the bundle or remove it; the others are served")
     if not found.loaded:
-        yield fail("models", f"{folder}: no model there can be served", "put a bundle there")
+        yield fail("models", f"{folder} has no model that can be served", "put a bundle there")
     fastest = engine.fastest_kernels
     for loaded in found.loaded:
         key, kernels = loaded.info.key, loaded.runner.family.name
@@ -223,8 +226,8 @@ def check_models(config: Config, models: list[Model]) -> Iterator[Finding]:
         if kernels != fastest:
             yield warn(
                 "models",
-                f"{said}, which are slower ones: those of {fastest} change bits with it here",
-                "nothing, if it is fast enough; else use a processor or a torch of another kind",
+                f"{said}; the faster ones ({fastest}) do not give the same bits here",
+                "fine if it is fast enough; else try another processor or build of torch",
             )
         else:
             yield ok("models", said)
@@ -268,7 +271,7 @@ def _fits(where: str, parts: dict[str, int], available: int) -> Finding:
     return warn(
         "memory",
         f"{said} ({shares})",
-        f"lower {largest} first: full, the server would be killed or refuse sessions",
+        f"lower {largest} first: at its limits the server would be killed, or refuse sessions",
     )
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from conveyor_server.engine.engine import choose_device
+from conveyor_server.engine.devices import find_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,15 +21,18 @@ class DeviceReport:
     free_bytes: int
     """Of its own memory; 0 for a CPU, which has none."""
     total_bytes: int
+    passed_over: str
+    """Why `auto` does not take the CUDA device there is; empty if it does, or there is none."""
 
 
 def about_device(name: str) -> DeviceReport:
     """Describes the device that `engine.device` chooses.
 
     Raises:
-        DeviceError: There is no such device.
+        DeviceError: There is no such device, or it cannot be used.
     """
-    device = choose_device(name)
+    choice = find_device(name)
+    device = choice.device
     free, total, called = 0, 0, torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -42,4 +45,5 @@ def about_device(name: str) -> DeviceReport:
         cuda_version=torch.version.cuda or "",
         free_bytes=free,
         total_bytes=total,
+        passed_over=choice.passed_over,
     )

@@ -2,17 +2,23 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import TypeAlias
 
 import torch
 
 from conveyor_models import Bundle
 from conveyor_server.core import ModelKey
-from conveyor_server.engine.failures import computing
+from conveyor_server.engine.failures import (
+    LostHandler,
+    computing,
+    no_handler,
+    report_if_lost,
+)
 from conveyor_server.engine.lone import CompiledFamily
 from conveyor_server.engine.port import Done, Prediction, Work
 from conveyor_server.engine.prediction import SequenceRunner
-from conveyor_server.engine.probe import same_bits, same_bits_in_slices
+from conveyor_server.engine.probe import same_bits, same_bits_in_batches, same_bits_in_slices
 from conveyor_server.engine.products import BlockedFamily, PrepackedFamily, ProductFamily
 from conveyor_server.engine.runner import ModelRunner
 
@@ -22,39 +28,37 @@ Runner: TypeAlias = ModelRunner | SequenceRunner
 _log = logging.getLogger(__name__)
 
 
-class DeviceError(Exception):
-    """The configured device is not there."""
-
-
 class SameBitsError(Exception):
     """No kernels on this machine keep a model's bits independent of the batch."""
-
-
-def choose_device(name: str) -> torch.device:
-    """Turns `auto | cpu | cuda | cuda:N` into a device.
-
-    Raises:
-        DeviceError: There is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        device = torch.device("cuda", device.index or 0)
-        if (device.index or 0) >= count:
-            raise DeviceError(f"engine.device: {name} is not there; CUDA devices found: {count}")
-    return device
 
 
 class TorchEngine:
     """Implements `port.Engine` with torch, on one device."""
 
     def __init__(
-        self, device: torch.device, *, cpu_threads: int, slots: int, verify_same_bits: bool = True
+        self,
+        device: torch.device,
+        *,
+        cpu_threads: int,
+        slots: int,
+        batch_sessions_max: int | None = None,
+        verify_same_bits: bool = True,
+        on_lost: LostHandler = no_handler,
     ) -> None:
-        """`slots` for each model version."""
+        """An engine without a model.
+
+        Args:
+            device: From `devices.choose_device`.
+            cpu_threads: For each call.
+            slots: For each model version.
+            batch_sessions_max: The largest batch that will be run; None: as many as `slots`.
+            verify_same_bits: Whether models are probed at load.
+            on_lost: Called, on any thread, when the device can never be used again.
+        """
         self.device = device
+        self._batch_sessions_max = batch_sessions_max or slots
+        self._on_lost = on_lost
+        self._guard = partial(computing, device, on_lost)
         self._slots = slots
         self._cpu_threads = cpu_threads
         self._verify = verify_same_bits
@@ -75,11 +79,16 @@ class TorchEngine:
 
         Raises:
             SameBitsError: The promise cannot be kept on this machine.
+            DeviceLost: See `report_if_lost`.
         """
         families = self._families()
         with torch.inference_mode():
             for family in families:
-                runner, kept = self._try(bundle, family)
+                try:
+                    runner, kept = self._try(bundle, family)
+                except RuntimeError as error:
+                    report_if_lost(error, self._on_lost)
+                    raise
                 if kept:
                     return runner
                 _log.warning(
@@ -94,8 +103,11 @@ class TorchEngine:
         spec = bundle.spec
         if spec.streamable:
             runner = ModelRunner(bundle, self._slots, self.device, family)
-            return runner, not self._verify or same_bits(runner, spec)
-        runner = SequenceRunner(bundle, self.device, family)
+            return runner, not self._verify or (
+                same_bits(runner, spec)
+                and same_bits_in_batches(runner, spec, self._batch_sessions_max)
+            )
+        runner = SequenceRunner(bundle, self.device, family, self._guard)
         return runner, not self._verify or same_bits_in_slices(runner, spec)
 
     def add(self, key: ModelKey, runner: Runner) -> None:
@@ -115,7 +127,7 @@ class TorchEngine:
 
     def run(self, key: ModelKey, works: Sequence[Work]) -> list[Done]:
         """See `Engine.run`."""
-        with computing(self.device):
+        with self._guard():
             return self._runners[key].run(works)
 
     def predict(self, key: ModelKey, rows: bytes, length: int, outputs: int) -> Prediction:
@@ -124,32 +136,32 @@ class TorchEngine:
 
     def acquire(self, key: ModelKey) -> int | None:
         """See `Engine.acquire`."""
-        with computing(self.device):
+        with self._guard():
             return self._runners[key].pool.acquire()
 
     def release(self, key: ModelKey, slot: int) -> None:
         """See `Engine.release`."""
-        with computing(self.device):
+        with self._guard():
             self._runners[key].pool.release(slot)
 
     def reset(self, key: ModelKey, slot: int) -> None:
         """See `Engine.reset`."""
-        with computing(self.device):
+        with self._guard():
             self._runners[key].pool.reset(slot)
 
     def read(self, key: ModelKey, slot: int) -> bytes:
         """See `Engine.read`."""
-        with computing(self.device):
+        with self._guard():
             return self._runners[key].pool.read(slot)
 
     def write(self, key: ModelKey, slot: int, carry: bytes) -> None:
         """See `Engine.write`."""
-        with computing(self.device):
+        with self._guard():
             self._runners[key].pool.write(slot, carry)
 
     def add_memory(self, key: ModelKey, rows: bytes) -> int:
         """See `Engine.add_memory`."""
-        with computing(self.device):
+        with self._guard():
             return self._runners[key].memories.add(rows)
 
     def drop_memory(self, key: ModelKey, memory: int) -> None:
@@ -166,7 +178,11 @@ class TorchEngine:
 
     def device_memory(self) -> list[tuple[tuple[str, ...], float]]:
         """Bytes of the CUDA device's memory by state, for metrics."""
-        free, total = torch.cuda.mem_get_info(self.device)
+        try:
+            free, total = torch.cuda.mem_get_info(self.device)
+        except RuntimeError as error:
+            report_if_lost(error, self._on_lost)
+            raise
         return [(("used",), total - free), (("free",), free)]
 
     def _families(self) -> list[ProductFamily]:

@@ -8,8 +8,16 @@ from typing import Final, TypeAlias
 from conveyor_models import Bundle, BundleError, ModelSpec, load_bundle, scan
 from conveyor_models.repository import FoundBundle
 from conveyor_server.config import LimitsConfig
-from conveyor_server.core import ELEMENT_BYTES, InputKind, LayerInfo, ModelInfo, ModelKey
+from conveyor_server.core import (
+    ELEMENT_BYTES,
+    InputKind,
+    LayerInfo,
+    LimitSource,
+    ModelInfo,
+    ModelKey,
+)
 from conveyor_server.engine.engine import Runner, SameBitsError, TorchEngine
+from conveyor_server.errors import ConveyorError
 
 Fingerprint: TypeAlias = tuple[tuple[int, int, int], ...]
 """See `FoundBundle.fingerprint`."""
@@ -76,7 +84,7 @@ def load_repository(
             _load(each, engine, known, limits, found)
         except (BundleError, SameBitsError) as error:
             found.problems.append(str(error))
-        except (RuntimeError, MemoryError) as error:  # torch's own, out of memory for instance
+        except (RuntimeError, MemoryError, ConveyorError) as error:  # out of memory for instance
             found.problems.append(f"{each.path}: cannot be loaded: {error}")
     return found
 
@@ -109,6 +117,7 @@ def _load(
 def describe(bundle: Bundle, limits: LimitsConfig) -> ModelInfo:
     """What the rooms above the engine know of a model."""
     spec = bundle.spec
+    rows_max, rows_limit = _memory_rows_max(spec, limits)
     return ModelInfo(
         key=ModelKey(spec.name, spec.version),
         digest=bundle.digest,
@@ -128,18 +137,28 @@ def describe(bundle: Bundle, limits: LimitsConfig) -> ModelInfo:
         chunk_steps_max=spec.limits.chunk_steps_max or limits.chunk_steps_max,
         streamable=spec.streamable,
         memory_row_size=0 if spec.attention is None else spec.attention.memory_size,
-        memory_rows_max=_memory_rows_max(spec, limits),
+        memory_rows_max=rows_max,
+        memory_rows_limit=rows_limit,
     )
 
 
-def _memory_rows_max(spec: ModelSpec, limits: LimitsConfig) -> int:
-    """So many that a snapshot, which holds the carry too, can be imported in one message."""
+def _memory_rows_max(spec: ModelSpec, limits: LimitsConfig) -> tuple[int, LimitSource]:
+    """So many that a snapshot, which holds the carry too, can be imported in one message.
+
+    Returns them with the setting that allows no more.
+    """
+    server = limits.memory_rows_max
     if spec.attention is None:
-        return 0
+        return 0, LimitSource("limits.memory_rows_max")
     beside = spec.carry_values * ELEMENT_BYTES + RECORD_BYTES_MAX
     row_bytes = spec.attention.memory_size * ELEMENT_BYTES
     fitting = max(0, limits.message_bytes_max - beside) // row_bytes
-    return min(fitting, limits.memory_rows_max, spec.limits.memory_rows_max or fitting)
+    own = spec.limits.memory_rows_max or server
+    if fitting < min(server, own):
+        return fitting, LimitSource("limits.message_bytes_max", limits.message_bytes_max)
+    return min(server, own), LimitSource(
+        "limits.memory_rows_max", model=spec.name if own < server else ""
+    )
 
 
 def _layers(spec: ModelSpec) -> tuple[LayerInfo, ...]:

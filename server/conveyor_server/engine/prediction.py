@@ -6,9 +6,11 @@ stepped by the same kernels as a session, and may be left off after any step.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ from conveyor_server.engine.packing import Columns
 from conveyor_server.engine.products import ProductFamily
 from conveyor_server.engine.readout import Readout
 from conveyor_server.errors import SessionQuarantined
+
+Guard: TypeAlias = Callable[[], AbstractContextManager[None]]
+"""Makes the mode in which a slice is computed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,9 +45,16 @@ class SequenceRunner:
         family: The kind of products it computes with.
     """
 
-    def __init__(self, bundle: Bundle, device: torch.device, family: ProductFamily) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: torch.device,
+        family: ProductFamily,
+        guard: Guard | None = None,
+    ) -> None:
         """Packs the weights for `device`."""
         spec = bundle.spec
+        self._guard = guard or partial(computing, device)
         weights = {name: tensor.to(device) for name, tensor in bundle.weights.items()}
         self.family = family
         self._device = device
@@ -59,10 +71,10 @@ class SequenceRunner:
     def begin(self, rows: bytes, length: int, outputs: int) -> SequencePrediction:
         """See `port.Engine.predict`."""
         dtype = torch.float32 if self._lookup is None else torch.int32
-        with computing(self._device):
+        with self._guard():
             x = torch.frombuffer(bytearray(rows), dtype=dtype).to(self._device)
             x = x.view(length, -1) if self._lookup is None else self._lookup.index_select(0, x)
-            return SequencePrediction(self._work(x, outputs), self._device)
+            return SequencePrediction(self._work(x, outputs), self._guard)
 
     def _work(self, x: Tensor, outputs: int) -> Generator[None, int, bytes]:
         """All passes; yields whenever it has taken as many steps as it was sent."""
@@ -107,23 +119,25 @@ class SequenceRunner:
             done, left = done + steps, left - steps
         y = torch.cat(rows)
         if not bool(y.isfinite().all()):
-            raise SessionQuarantined("the sequence drives the model to NaN or infinity")
+            raise SessionQuarantined(
+                "the sequence drives the model's state to NaN or infinity; look at its values"
+            )
         return (y.flip(0) if direction.backwards else y), left
 
 
 class SequencePrediction:
     """Implements `port.Prediction`."""
 
-    def __init__(self, work: Generator[None, int, bytes], device: torch.device) -> None:
+    def __init__(self, work: Generator[None, int, bytes], guard: Guard) -> None:
         """`work` as of `SequenceRunner`."""
         self._work = work
-        self._device = device
+        self._guard = guard
         next(work)
 
     def advance(self, steps_max: int) -> bytes | None:
         """See `port.Prediction.advance`."""
         assert steps_max >= 1, steps_max
-        with computing(self._device):
+        with self._guard():
             try:
                 self._work.send(steps_max)
             except StopIteration as done:

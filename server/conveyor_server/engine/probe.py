@@ -3,18 +3,26 @@
 Which kernels a library picks depends on the processor, the library's version and the shapes, so the
 promise is checked where it is made: at load, with the model's own weights, before the first
 session.
+
+Two probes: a small ragged batch against its sessions alone and step by step, traced and not; and
+single steps of batches of every size at which other kernels may come in (see `batch_sizes`).
 """
 
+import logging
+import time
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import torch
 
 from conveyor_models import ModelSpec
 from conveyor_server.core import TraceMode
-from conveyor_server.engine.port import Prediction, Work
+from conveyor_server.engine.port import Work
 from conveyor_server.engine.prediction import SequenceRunner
+from conveyor_server.engine.products import BLOCK_ROWS
 from conveyor_server.engine.runner import ModelRunner
+from conveyor_server.errors import SessionQuarantined
 
 _LENGTHS = (3, 1, 5, 1, 2, 1, 4)
 """Works of the probing batch.
@@ -23,7 +31,16 @@ More than one vector's worth of rows, odd in number, and at no two times the sam
 """
 _MEMORY_LENGTHS = (3, 40, 1, 33, 3, 100, 17)
 """Rows of what each of them attends over, where the model does."""
-_SEQUENCE_STEPS = 9
+_SEQUENCES_STEPS: Final = (9, 33)
+"""Of the sequences that are cut; the longer one is more than a block of rows for the readout."""
+_PATTERNS: Final = 3
+"""Different sessions in a large batch; each stands in many of its places."""
+_PATTERN_STEPS: Final = 2
+"""Of each, one after another, so that the second begins with a carry."""
+BATCHES_SECONDS_MAX: Final = 5.0
+"""After so long no larger batch is begun; those around one block of rows are run in any case."""
+
+_log = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
@@ -55,17 +72,99 @@ def same_bits(runner: ModelRunner, spec: ModelSpec) -> bool:
             runner.memories.drop(memory)
 
 
+def batch_sizes(sessions_max: int) -> list[int]:
+    """Around one block of rows, then doubled up to the largest batch, which is the last one."""
+    doubled = [BLOCK_ROWS << n for n in range(1, sessions_max.bit_length())]
+    sizes = {BLOCK_ROWS - 1, BLOCK_ROWS, BLOCK_ROWS + 1, *doubled, sessions_max}
+    return sorted(size for size in sizes if BLOCK_ROWS - 1 <= size <= sessions_max)
+
+
+@torch.inference_mode()
+def same_bits_in_batches(runner: ModelRunner, spec: ModelSpec, sessions_max: int) -> bool:
+    """Runs single steps in batches of every size in `batch_sizes`, and compares every bit.
+
+    A batch holds a few different sessions again and again. So all of its rows are compared, and few
+    have to be run alone. A batch that no clock allows is named in the log.
+
+    Args:
+        runner: Its free slots bound the batches; its carries are left as they were.
+        spec: Of the runner's model.
+        sessions_max: The largest batch that will be run.
+    """
+    free = runner.pool.allocator.total - runner.pool.allocator.used
+    sizes = batch_sizes(min(sessions_max, free))
+    if not sizes:
+        return True  # `same_bits` has run as many as there can be, or nearly
+    began = time.monotonic()
+    slots = [slot for _ in range(sizes[-1]) if (slot := runner.pool.acquire()) is not None]
+    memories = [_add_memory(runner, spec, number) for number in range(_PATTERNS)]
+    try:
+        alone = [
+            _pattern(runner, spec, slots[n : n + 1], memories[n : n + 1], n)
+            for n in range(_PATTERNS)
+        ]
+        expected = [results[0] for results in alone]
+        for size in sizes:
+            if size > BLOCK_ROWS + 1 and time.monotonic() - began > BATCHES_SECONDS_MAX:
+                _log.warning(
+                    "larger batches were not probed, as it takes too long",
+                    extra={"model": spec.name, "sessions": size, "seconds": BATCHES_SECONDS_MAX},
+                )
+                break
+            found = _pattern(runner, spec, slots[:size], memories, 0)
+            if any(each != expected[place % _PATTERNS] for place, each in enumerate(found)):
+                return False
+        return True
+    finally:
+        for slot in reversed(slots):
+            runner.pool.release(slot)
+        for memory in filter(None, memories):
+            runner.memories.drop(memory)
+
+
+def _pattern(
+    runner: ModelRunner,
+    spec: ModelSpec,
+    slots: Sequence[int],
+    memories: Sequence[int],
+    first: int,
+) -> list[tuple[bytes, bytes]]:
+    """Steps new sessions on these slots, the patterns in turn: all outputs and the last carry."""
+    inputs = [
+        [_rows(spec, 1, _PATTERN_STEPS * number + step) for number in range(_PATTERNS)]
+        for step in range(_PATTERN_STEPS)
+    ]
+    outputs = [b""] * len(slots)
+    for slot in slots:
+        runner.pool.reset(slot)
+    for rows in inputs:
+        done = runner.run(
+            [
+                Work(slot, 1, rows[(first + n) % _PATTERNS], 1, memories[n % len(memories)])
+                for n, slot in enumerate(slots)
+            ]
+        )
+        outputs = [before + each.rows for before, each in zip(outputs, done, strict=True)]
+    carries = [runner.pool.read(slot) for slot in slots]
+    return list(zip(outputs, carries, strict=True))
+
+
 def same_bits_in_slices(runner: SequenceRunner, spec: ModelSpec) -> bool:
-    """Runs a whole sequence at once and step by step, and compares every bit."""
-    rows = _rows(spec, _SEQUENCE_STEPS, 0)
-    whole = runner.begin(rows, _SEQUENCE_STEPS, _SEQUENCE_STEPS)
-    steps = runner.begin(rows, _SEQUENCE_STEPS, _SEQUENCE_STEPS)
-    return _finished(whole, 1_000_000) == _finished(steps, 1)
+    """Runs whole sequences at once and step by step, and compares every bit."""
+    return all(
+        _predict(runner, spec, steps, 1_000_000) == _predict(runner, spec, steps, 1)
+        for steps in _SEQUENCES_STEPS
+    )
 
 
-def _finished(prediction: Prediction, steps_max: int) -> bytes:
-    while (rows := prediction.advance(steps_max)) is None:
-        pass
+def _predict(runner: SequenceRunner, spec: ModelSpec, steps: int, steps_max: int) -> bytes | None:
+    """All output rows; None if these random inputs drive the model to NaN or infinity."""
+    prediction = runner.begin(_rows(spec, steps, 0), steps, steps)
+    try:
+        while (rows := prediction.advance(steps_max)) is None:
+            pass
+    except SessionQuarantined:
+        return None
     return rows
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from conveyor_models import ModelSpec
 from conveyor_server.engine.logistic import logistic_
@@ -48,12 +49,22 @@ class Readout:
             y = logistic_(y.clone())
         y = _without_padding(y, self._columns)
         match self._activation:
-            case "softmax":
-                return y.softmax(dim=1)
-            case "log_softmax":
-                return y.log_softmax(dim=1)
+            case "softmax" | "log_softmax":
+                wide = y if y.is_cpu else whole_lanes(y)
+                e = wide.softmax(dim=1) if self._activation == "softmax" else wide.log_softmax(1)
+                return e[:, : self.size]
             case _:
                 return y
+
+
+def whole_lanes(logits: Tensor) -> Tensor:
+    """logits [n, size] -> [n, padded size], -inf behind, which no sum or maximum shows.
+
+    The CUDA kernels for many classes read a row in vectors from the first aligned address on, and
+    add its terms in an order that depends on where that is. So every row has to begin at one.
+    """
+    size = logits.shape[1]
+    return functional.pad(logits, (0, padded(size) - size), value=-torch.inf)
 
 
 def _without_padding(rows: Tensor, columns: Columns) -> Tensor:

@@ -52,7 +52,8 @@ class ModelRunner:
         """See `Engine.run`.
 
         The pool is written last, once the results are in the host's memory, so an exception before
-        that has changed nothing.
+        that has changed nothing. A device tells of a fault only when it is waited for, so nothing
+        is returned before the writes are through: no answer goes out whose carry was not kept.
         """
         layout = lay_out(works)
         carries = self.pool.gather(layout.slots, -len(works) % self.family.rows_multiple)
@@ -69,7 +70,13 @@ class ModelRunner:
             slots = [slot for slot, kept in zip(layout.slots, _flags(finite), strict=True) if kept]
             if slots:
                 self.pool.scatter(slots, [part[finite] for part in after])
+        self._await_device()
         return done
+
+    def _await_device(self) -> None:
+        """Returns once all that was launched is done, or raises what became of it."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _tap(self, works: Sequence[Work], layout: Layout) -> Tap | None:
         if not any(work.trace for work in works):

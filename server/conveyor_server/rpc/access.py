@@ -39,7 +39,7 @@ def check_size(size: int, bytes_max: int) -> None:
     """
     if size > bytes_max:
         raise MessageTooLarge(
-            f"the metadata has {size} bytes",
+            f"the metadata has {size:,} bytes",
             limit="limits.metadata_bytes_max",
             maximum=bytes_max,
         )
@@ -67,7 +67,7 @@ class Authenticator:
             return ANONYMOUS
         found = self._principals.get(self._digest(_bearer_token(_authorizations(metadata))))
         if found is None:
-            raise Unauthenticated("the bearer token is not known")
+            raise Unauthenticated("the server does not know this bearer token (auth.tokens)")
         return found
 
     def _digest(self, token: str) -> bytes:
@@ -86,5 +86,7 @@ def _bearer_token(values: list[str | bytes]) -> str:
         )
     value = values[0] if values else ""
     if not isinstance(value, str) or not value.startswith(_BEARER):
-        raise Unauthenticated("metadata 'authorization' does not hold a bearer token")
+        raise Unauthenticated(
+            "this server needs a token: send metadata 'authorization: Bearer TOKEN'"
+        )
     return value.removeprefix(_BEARER)

@@ -178,7 +178,7 @@ class _Method:
             _log.debug("a call ended under its handler", extra={"problem": str(error)})
         except (MemoryError, EncodeError):  # what cannot be encoded does not fit
             _log.error("out of memory in a call", extra={"method": f"/{self.service}/{self.name}"})
-            return DeviceOutOfMemory.of_host()
+            return DeviceOutOfMemory("the server")
         except Exception:  # noqa: BLE001  a bug fails its call, not the server
             method = f"/{self.service}/{self.name}"
             _log.exception("a call failed by our own mistake", extra={"method": method})

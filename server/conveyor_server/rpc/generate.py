@@ -31,19 +31,23 @@ async def generate(
     if request.WhichOneof("target") == "session_id":
         check_session_id(request.session_id)
         if request.version:
-            raise InvalidField("version", "only with model")
+            raise InvalidField("version", "goes with model only; a session has its version")
         if memory is not None:
-            raise InvalidMemory("a memory is given with a model; a session has its own, or none")
+            raise InvalidMemory(
+                "a session has its memory since it was opened; leave the memory out"
+            )
         await _Loop(services, caller, request, context, request.session_id).run()
     elif request.model:
         if request.first_step > 1:
-            raise InvalidField("first_step", "only with session_id")
+            raise InvalidField(
+                "first_step", "goes with session_id only; a new session starts at step 1"
+            )
         check_model_name(request.model)
         made = session_for_call(services, caller, request.model, request.version, memory)
         async with made as view:
             await _Loop(services, caller, request, context, view.session_id).run()
     else:
-        raise InvalidField("target", "neither session_id nor model is set")
+        raise InvalidField("target", "is not set; give session_id or model")
 
 
 class _Loop:
@@ -86,10 +90,10 @@ class _Loop:
         if request.prompt_length:
             self._submit(applied + 1, request.prompt_length, request.prompt, generation)
         elif not applied:
-            raise InvalidField("prompt", "required for a session never stepped")
+            raise InvalidField("prompt", "is empty; a session without steps needs one")
         elif output is None:
             raise StepResultNotHeld(
-                f"the output of step {applied} is not held; give a prompt", first_step=applied
+                f"the output of step {applied} is no longer kept; give a prompt", first_step=applied
             )
         else:
             generation.begin(applied, output)
@@ -120,7 +124,7 @@ class _Loop:
         done, _ = await asyncio.wait({writing}, timeout=seconds_max)
         if not done:
             raise SlowReader(
-                "the client does not read what is made",
+                f"the client read no results for {seconds_max:g} s",
                 limit="limits.slow_reader_seconds_max",
                 maximum=seconds_max,
             )

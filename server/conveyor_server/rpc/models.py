@@ -22,7 +22,9 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         size = page_size(request.page_size)
         token = request.page_token or "0"
         if not (token.isascii() and token.isdecimal() and len(token) < 10):
-            raise InvalidField("page_token", "not one of this server's")
+            raise InvalidField(
+                "page_token", "is not valid; pass next_page_token of the answer before"
+            )
         start = int(token)
         described = await self._services.driver.call(
             lambda operations: operations.describe_models()

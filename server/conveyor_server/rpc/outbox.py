@@ -56,7 +56,7 @@ async def first_of(outbox: "Outbox", seconds_max: float, *tasks: "asyncio.Task[N
         waits = waits + 1 if stuck else 0
         if waits == 2:
             raise SlowReader(
-                "the client does not read its results",
+                f"the client read no results for {seconds_max:g} s",
                 limit="limits.slow_reader_seconds_max",
                 maximum=seconds_max,
             )

@@ -34,7 +34,7 @@ async def predict(
     if model.streamable:
         return await _on_a_session(services, caller, request, model, output)
     if request.HasField("memory"):
-        raise InvalidMemory(f"model {model.key.name!r} has no attention, so it takes no memory")
+        raise InvalidMemory(f"model {model.key.name!r} has no attention, so leave the memory out")
     return await _whole(services, request, model, outputs, remaining_seconds)
 
 

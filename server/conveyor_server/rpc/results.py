@@ -124,15 +124,14 @@ class ResultsBudget:
             return
         if owed + more > self._principal_max:
             raise CallsLimit(
-                f"{owed} bytes of your results wait to be read, and {wanted} more do not fit"
-                f" (limits.principal_results_bytes_max is {self._principal_max}); read them,"
-                " or try again later",
+                f"{owed:,} bytes of your results are not read yet, and {wanted:,} more do not fit;"
+                " read them first",
                 limit="limits.principal_results_bytes_max",
                 maximum=self._principal_max,
             )
         raise CallsLimit(
-            f"{self.size_bytes} bytes of results wait to be read, and {wanted} more do not fit"
-            f" (limits.results_total_bytes_max is {self._total_max}); try again later",
+            f"{self.size_bytes:,} bytes of results are not read yet, and {wanted:,} more do not"
+            " fit; try again later",
             limit="limits.results_total_bytes_max",
             maximum=self._total_max,
         )

@@ -15,6 +15,7 @@ from conveyor.oip import inference_pb2, inference_pb2_grpc
 from conveyor.v1 import model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
 from conveyor_server.config import LimitsConfig, ListenConfig
 from conveyor_server.core import ModelInfo
+from conveyor_server.errors import os_error_text
 from conveyor_server.rpc.access import Authenticator
 from conveyor_server.rpc.bounds import CallBounds
 from conveyor_server.rpc.calls import CallInterceptor
@@ -24,6 +25,7 @@ from conveyor_server.rpc.receiving import Receiver
 from conveyor_server.rpc.service import Services
 from conveyor_server.rpc.sessions import SessionServicer
 from conveyor_server.rpc.streams import Streams
+from conveyor_server.rpc.tls import TlsFilesError, read_pair
 
 CUT_SECONDS_MAX: Final = 2.0
 """What calls that were cut off at a stop have to end."""
@@ -106,11 +108,10 @@ class GrpcServer:
                 port = self._server.add_insecure_port(listen.address)
             else:
                 port = self._server.add_secure_port(listen.address, credentials)
-        except OSError as error:
-            raise AddressError(f"cannot listen on {listen.address}: {error}") from error
         except RuntimeError as error:
             why = _bind_problem(listen.address)
-            raise AddressError(f"cannot listen on {listen.address}: {why}") from error
+            message = f"listen.address: cannot listen on {listen.address}: {why}"
+            raise AddressError(message) from error
         await self._server.start()
         for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -206,7 +207,7 @@ def _bind_problem(address: str) -> str:
             with socket.socket(family, kind, protocol) as probe:
                 probe.bind(bound)
     except (OSError, OverflowError) as error:
-        return (getattr(error, "strerror", None) or str(error)).lower()
+        return os_error_text(error) if isinstance(error, OSError) else str(error)
     return "gRPC could not bind it"
 
 
@@ -214,5 +215,9 @@ def _credentials(certificate: Path | None, key: Path | None) -> grpc.ServerCrede
     if certificate is None and key is None:
         return None
     if certificate is None or key is None:
-        raise AddressError("TLS needs both a certificate and a key file")
-    return grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
+        raise AddressError("TLS needs both listen.tls_certificate_file and listen.tls_key_file")
+    try:
+        chain, private = read_pair(certificate, key)
+    except TlsFilesError as error:
+        raise AddressError(str(error)) from error
+    return grpc.ssl_server_credentials([(private, chain)])

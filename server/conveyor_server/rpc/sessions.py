@@ -46,7 +46,9 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         caller, waiter = principal(), Waiter()
         view = self._driver.peek(caller, request.session_id)
         if request.epoch not in (0, view.epoch):
-            raise SessionSuperseded(f"session {request.session_id!r} was opened elsewhere since")
+            raise SessionSuperseded(
+                f"session {request.session_id!r} has been opened elsewhere since"
+            )
         binding = Binding(
             caller,
             request.session_id,
@@ -144,7 +146,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         caller = principal()
         new_ids = self._admission.fork_ids(request.new_session_ids)
         if request.at_step < 0:
-            raise InvalidField("at_step", "below 0")
+            raise InvalidField("at_step", f"is {request.at_step}; expected 0 (now) or more")
         views: list[SessionView] = await self._driver.call_after_queue(
             lambda operations, future: operations.fork(
                 caller, request.session_id, new_ids, request.at_step, future
@@ -156,7 +158,10 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         self, request: session_pb2.RewindSessionRequest, context: Context
     ) -> session_pb2.RewindSessionResponse:
         """See the contract. Needs retained checkpoints, and so a store."""
-        raise NotSupported("this server has no store, so it retains no checkpoint to go back to")
+        raise NotSupported(
+            "RewindSession needs a store, and this server has none; use ExportSession to keep a"
+            " state"
+        )
 
     async def ExportSession(
         self, request: session_pb2.ExportSessionRequest, context: Context

@@ -154,13 +154,15 @@ class StepStream:
             case "heartbeat":
                 self._heartbeat(frame.heartbeat)
             case None:
-                raise InvalidField("frame", "not set")
+                raise InvalidField(
+                    "frame", "is not set; expected one of the frames of the contract"
+                )
 
     def _steps(self, frame: session_pb2.StepsFrame) -> None:
         if len(frame.entries) > self._limits.frame_entries_max:
             # One failure for all of them, of no session: the frame itself is the mistake.
             raise MessageTooLarge(
-                f"the frame has {len(frame.entries)} entries",
+                f"the frame has {len(frame.entries):,} entries; send fewer at a time",
                 limit="limits.frame_entries_max",
                 maximum=self._limits.frame_entries_max,
             )
@@ -196,7 +198,9 @@ class StepStream:
                 if isinstance(chunk, ConveyorError):
                     raise chunk
                 if chunk.handle not in self._bindings:
-                    raise UnknownHandle(f"handle {chunk.handle} is closed", handle=chunk.handle)
+                    raise UnknownHandle(
+                        f"handle {chunk.handle} of this stream was closed", handle=chunk.handle
+                    )
                 wanted = result_bytes(chunk)
                 if not self._room_for(wanted):
                     return
@@ -215,7 +219,7 @@ class StepStream:
             binding = bindings.get(item.handle) or closed.get(item.handle)
             if binding is None:
                 raise UnknownHandle(
-                    f"no session is open under handle {item.handle}", handle=item.handle
+                    f"this stream has no open session with handle {item.handle}", handle=item.handle
                 )
             entries.append(Entry(binding, item.first_step, item.length, item.output, item.trace))
         return entries
@@ -224,7 +228,8 @@ class StepStream:
         try:
             if len(self._bindings) + self._opening >= self._limits.stream_sessions_max:
                 raise StreamSessionsLimit(
-                    f"the stream holds {len(self._bindings)} sessions",
+                    f"this stream holds {len(self._bindings):,} sessions; use another stream for"
+                    " more",
                     limit="limits.stream_sessions_max",
                     maximum=self._limits.stream_sessions_max,
                 )

@@ -43,7 +43,7 @@ class Streams:
             raise ServerDraining
         if len(self._streams) >= self._streams_max:
             raise StreamsLimit(
-                "the server carries as many streams as it may",
+                f"the server has {len(self._streams):,} streams open; share one for many sessions",
                 limit="limits.streams_max",
                 maximum=self._streams_max,
             )

@@ -38,7 +38,9 @@ class Copies:
         _check_copyable(session)
         if at_step and at_step != session.applied:
             raise CheckpointNotRetained(
-                f"session {session.session_id!r} is at step {session.applied}, not at {at_step}",
+                f"session {session.session_id!r} is at step {session.applied:,}; this server"
+                " keeps no"
+                f" state of step {at_step:,} to fork from",
                 applied_step=session.applied,
             )
         principal = session.principal
@@ -101,7 +103,9 @@ class Copies:
             if model.digest == header.model_digest and model.key.name == header.model:
                 return model
         raise SnapshotIncompatible(
-            f"no version of model {header.model!r} here has digest {header.model_digest}"
+            f"the snapshot is of model {header.model!r} with digest {header.model_digest}; this"
+            " server"
+            " serves no version with that digest"
         )
 
     def _import_memory(self, checkpoint: Checkpoint, model: ModelInfo) -> SharedMemory | None:
@@ -123,7 +127,7 @@ class Copies:
         size = record_bytes(header)
         if len(new_ids) * size > self._scheduler.host_room_bytes:
             raise SessionsLimit(
-                "the server has no room for the state of so many more sessions",
+                f"no room for {len(new_ids):,} more states of {size:,} bytes in host memory",
                 limit="limits.host_state_bytes_max",
                 maximum=self._scheduler.limits.host_state_bytes_max,
             )
@@ -131,4 +135,7 @@ class Copies:
 
 def _check_copyable(session: Session) -> None:
     if session.quarantined:
-        raise SessionQuarantined(f"session {session.session_id!r} is quarantined")
+        raise SessionQuarantined(
+            f"session {session.session_id!r} is quarantined, so it cannot be copied; reset or"
+            " close it"
+        )

@@ -26,7 +26,7 @@ class Creation:
         if not session_id:
             return uuid.uuid4().hex
         if self._scheduler.sessions.find((principal, session_id)) is not None:
-            raise SessionExists(f"there is a session {session_id!r} already")
+            raise SessionExists(f"session {session_id!r} exists already; take another id")
         return session_id
 
     def memory(self, model: ModelInfo, rows: bytes) -> SharedMemory | None:
@@ -83,7 +83,7 @@ def check_streamable(model: ModelInfo) -> None:
             if layer.direction != "forward"
         )
         raise ModelNotStreamable(
-            f"model {model.key.name!r} has layers that run from the end of a sequence: {layers};"
-            " use Predict",
+            f"model {model.key.name!r} cannot be stepped: it has layers that run from the end of a"
+            f" sequence ({layers}); use Predict",
             layers=layers,
         )

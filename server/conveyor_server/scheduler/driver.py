@@ -211,7 +211,7 @@ class Driver:
         try:
             outcome = self._scheduler.execute(turn)
         except MemoryError as error:
-            outcome = DeviceOutOfMemory.of_host()
+            outcome = DeviceOutOfMemory("the server")
             outcome.__cause__ = error.with_traceback(None)
         except Exception:  # noqa: BLE001  a bug in the engine fails its batch, not the server
             _log.exception("the engine raised", extra={"model": turn.model.name})

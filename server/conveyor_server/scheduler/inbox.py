@@ -54,13 +54,13 @@ class Inbox:
         """
         if self.chunks >= self._chunks_max:
             raise InboxFull(
-                "as many chunks wait as may",
+                f"the inbox is full: {self.chunks:,} chunks are pending",
                 limit="limits.inbox_chunks_max",
                 maximum=self._chunks_max,
             )
         if self.size_bytes + len(chunk.rows) > self._bytes_max:
             raise InboxFull(
-                "as many bytes wait as may",
+                f"the inbox is full: {len(chunk.rows):,} more bytes do not fit",
                 limit="limits.inbox_bytes_max",
                 maximum=self._bytes_max,
             )

@@ -28,7 +28,7 @@ class Memories:
         """Raises `SessionsLimit` if so many bytes more do not fit."""
         if self.size_bytes + len(rows) > self._bytes_max:
             raise SessionsLimit(
-                "the server has no room for what one more session attends over",
+                f"the server has no room for another memory of {len(rows):,} bytes",
                 limit="limits.memories_bytes_max",
                 maximum=self._bytes_max,
             )

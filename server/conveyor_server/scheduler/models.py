@@ -1,10 +1,14 @@
 """The models that sessions can be opened on."""
 
+import difflib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Final
 
 from conveyor_server.core import ModelInfo, ModelKey
 from conveyor_server.errors import ModelNotFound
+
+NAMES_SHOWN_MAX: Final = 10
 
 
 class ModelTable:
@@ -46,10 +50,15 @@ class ModelTable:
             key.version for key in self._infos if key.name == name and key not in self._retired
         ]
         if not versions:
-            raise ModelNotFound(f"there is no model {name!r}", model=name)
+            served = {key.name for key in self._infos if key not in self._retired}
+            raise ModelNotFound(f"there is no model {name!r}", hint=_hint(name, served), model=name)
         wanted = version or max(versions)
         if wanted not in versions:
-            raise ModelNotFound(f"model {name!r} has no version {version}", model=name)
+            raise ModelNotFound(
+                f"model {name!r} has no version {version}",
+                hint=f"it has {_listed(map(str, sorted(versions, reverse=True)))}",
+                model=name,
+            )
         return self._infos[ModelKey(name, wanted)]
 
     def newest(self, info: ModelInfo) -> bool:
@@ -91,3 +100,19 @@ class ModelTable:
             del self._infos[key]
             del self.sessions[key]
             self._dropped(key)
+
+
+def _hint(name: str, served: Collection[str]) -> str:
+    """What a caller who asked for a model that is not there may have meant."""
+    close = difflib.get_close_matches(name, served, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"this server has {_listed(sorted(served)) or 'none'}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first few, and how many more."""
+    known = list(names)
+    shown = ", ".join(known[:NAMES_SHOWN_MAX])
+    more = len(known) - NAMES_SHOWN_MAX
+    return f"{shown} and {more:,} more" if more > 0 else shown

@@ -66,7 +66,7 @@ def mistake(error: Exception) -> ConveyorError:
     """What the caller of an operation is told of what it must not raise, which is logged."""
     if isinstance(error, MemoryError):
         _log.error("out of memory in an operation")
-        return DeviceOutOfMemory.of_host()
+        return DeviceOutOfMemory("the server")
     _log.error("an operation raised what it must not", exc_info=error)
     return Internal()
 
@@ -97,7 +97,10 @@ class Operations:
         if self.draining:
             raise ServerDraining
         if request.durability is not Durability.NONE:
-            raise NotSupported("this server has no store; durability is NONE only")
+            raise NotSupported(
+                f"durability {request.durability.name} needs a store, and this server has none;"
+                " use NONE"
+            )
         key = (request.principal, request.session_id)
         session = self._scheduler.sessions.find(key) if request.session_id else None
         if request.token:
@@ -120,7 +123,12 @@ class Operations:
             raise ServerDraining
         key = sequence.model.key
         if self._scheduler.models.resolve(key.name, key.version) is not sequence.model:
-            raise ModelNotFound(f"model {key.name!r} was replaced meanwhile", model=key.name)
+            raise ModelNotFound(
+                f"model {key.name!r} version {key.version} was taken out of service during the"
+                " call;"
+                " send it again",
+                model=key.name,
+            )
         self._scheduler.predictions.add(sequence)
 
     def drop_prediction(self, sequence: WholeSequence) -> None:
@@ -165,7 +173,7 @@ class Operations:
         if session is None or session.owner is not owner or session.epoch != epoch:
             return None
         session.owner = None
-        gone = SessionSuperseded(f"session {session_id!r} was given back by its stream")
+        gone = SessionSuperseded(f"session {session_id!r} was released by its stream")
         self._scheduler.fail_chunks(session, gone, only=lambda chunk: chunk.reply is owner)
         self._scheduler.advance(session)
         return session.applied
@@ -177,7 +185,9 @@ class Operations:
         """
         session = self._scheduler.sessions.find((principal, session_id))
         if session is not None:
-            gone = SessionSuperseded(f"nobody waits for this answer of session {session_id!r}")
+            gone = SessionSuperseded(
+                f"the caller of session {session_id!r} has gone, so this step was dropped"
+            )
             self._scheduler.fail_chunks(session, gone, only=lambda chunk: chunk.reply in replies)
             self._scheduler.advance(session)
 
@@ -222,7 +232,7 @@ class Operations:
 
         def run(session: Session) -> None:
             if epoch not in (0, session.epoch):
-                raise SessionSuperseded(f"session {session_id!r} was opened elsewhere since")
+                raise SessionSuperseded(f"session {session_id!r} has been opened elsewhere since")
             view = session.view(self._now)
             told = session.owner is not owner
             ended = SessionClosed(f"session {session_id!r} was closed")
@@ -235,7 +245,9 @@ class Operations:
         """Ends a session made for one call, if it is still there."""
         session = self._scheduler.sessions.find((principal, session_id))
         if session is not None:
-            self._scheduler.end(session, SessionClosed("the call it was made for is over"))
+            self._scheduler.end(
+                session, SessionClosed("the call that this session was made for has ended")
+            )
 
     def reset(self, principal: str, session_id: str, future: Future[SessionView]) -> None:
         """Takes a session back to its beginning, and out of quarantine."""
@@ -326,7 +338,9 @@ class Operations:
     def _create(self, request: OpenRequest, owner: Owner | None) -> Opened:
         if not request.model:
             raise InvalidField(
-                "model", "there is no such session, and to create one a model is needed"
+                "model",
+                f"is empty, and there is no session {request.session_id!r} to resume; a new session"
+                " needs a model",
             )
         model = self._scheduler.models.resolve(request.model, request.version)
         check_streamable(model)
@@ -346,17 +360,22 @@ class Operations:
 
     def _resume(self, session: Session, request: OpenRequest, owner: Owner | None) -> Opened:
         if request.mode is OpenMode.CREATE:
-            raise SessionExists(f"there is a session {session.session_id!r} already")
+            raise SessionExists(
+                f"session {session.session_id!r} exists already; resume it, or take another id"
+            )
         key = session.model.key
         if (request.model and request.model != key.name) or request.version not in (0, key.version):
             raise SessionMismatch(
-                f"session {session.session_id!r} is on model {key.name!r} version {key.version}"
+                f"session {session.session_id!r} is on model {key.name!r} version {key.version};"
+                " the request names another"
             )
         if request.memory is not None and (
             session.memory is None or session.memory.rows != request.memory.rows
         ):
             raise SessionMismatch(
-                f"session {session.session_id!r} attends over another memory, or over none"
+                f"session {session.session_id!r} attends over another memory, or over none; leave"
+                " the"
+                " memory out to resume it"
             )
         self._revoke(session)
         self._scheduler.advance(session)
@@ -373,7 +392,7 @@ class Operations:
     def _revoke(self, session: Session) -> None:
         """Ends the claim there is: what was sent under it and has not run is dropped."""
         lost, epoch = session.owner, session.epoch
-        superseded = SessionSuperseded(f"session {session.session_id!r} was opened elsewhere")
+        superseded = SessionSuperseded(f"session {session.session_id!r} has been opened elsewhere")
         session.owner = None
         session.epoch += 1
         self._scheduler.fail_chunks(

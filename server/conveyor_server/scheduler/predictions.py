@@ -86,7 +86,7 @@ class Predictions:
         """
         if self.waiting + self.running >= self._limits.predictions_max:
             raise InboxFull(
-                "as many predictions wait as may",
+                f"{self.waiting + self.running:,} predictions of whole sequences are pending",
                 limit="limits.predictions_max",
                 maximum=self._limits.predictions_max,
             )

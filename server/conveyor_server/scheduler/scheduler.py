@@ -21,6 +21,7 @@ from conveyor_server.errors import (
     SessionEnded,
     SessionEvicted,
     SessionExpired,
+    limit_text,
 )
 from conveyor_server.metrics import Metrics
 from conveyor_server.scheduler.batching import ReadyQueues
@@ -302,7 +303,7 @@ class Scheduler:
         if self._now < self._expire_from:
             return
         for session in self.sessions.expired(self._now):
-            self.end(session, SessionExpired(f"session {session.session_id!r} was expired"))
+            self.end(session, SessionExpired(_expiry(session, self._now)))
 
     def _bound_store(self) -> None:
         """Evicts those idle longest; one with something to do is never idle.
@@ -316,7 +317,10 @@ class Scheduler:
             session = self.sessions.find(key)
             assert session is not None, "a record without a session"
             if not session.queue:
-                self.end(session, SessionEvicted(f"session {session.session_id!r} was evicted"))
+                evicted = SessionEvicted(
+                    f"session {session.session_id!r} was evicted to free memory"
+                )
+                self.end(session, evicted)
             if self.host_room_bytes >= 0:
                 return
 
@@ -418,3 +422,11 @@ class Scheduler:
     def _finished(self, session: Session, chunk: Chunk) -> None:
         session.steps_in_flight -= chunk.length
         self.inbox.finished(chunk)
+
+
+def _expiry(session: Session, now: float) -> str:
+    """Why a session whose lease is over has ended."""
+    if now < session.lifetime_ends:
+        return f"session {session.session_id!r} has expired: idle for {session.idle_seconds:,g} s"
+    bound = limit_text("limits.lifetime_seconds_max", session.lifetime_seconds)
+    return f"session {session.session_id!r} has expired: it reached its lifetime ({bound})"

@@ -134,12 +134,14 @@ class HeldResults:
             held = _slice(entry.inputs, row_bytes, start - entry.first_step, end - start + 1)
             if held != _slice(inputs, row_bytes, start - first_step, end - start + 1):
                 raise StepConflict(
-                    f"a step between {start} and {end} was taken already with another payload",
+                    f"steps {start} to {end} ran earlier with different input; do two programs step"
+                    " this session?",
                     first_step=start,
                 )
         if not entries or entries[0].first_step > first_step:
             raise StepResultNotHeld(
-                f"step {first_step} was taken already and its result is no longer held",
+                f"step {first_step} ran earlier and its result is no longer kept; go on with the"
+                " next",
                 first_step=first_step,
             )
         if wanted is OutputMode.NONE:
@@ -161,7 +163,8 @@ def _outputs(entry: _Held, first_step: int, last_step: int) -> bytes:
     first_output = entry.last_step - entry.outputs_length + 1
     if start < first_output:
         raise StepResultNotHeld(
-            f"step {start} was taken already, without asking for the output row wanted now",
+            f"step {start} ran earlier without the output that is asked for now, so it was not"
+            " kept",
             first_step=start,
         )
     row_bytes = len(entry.outputs) // entry.outputs_length

@@ -34,26 +34,29 @@ def check_memory(model: ModelInfo, memory: MemoryRows | None) -> None:
     name = model.key.name
     if memory is None:
         if model.memory_row_size:
-            raise InvalidMemory(f"model {name!r} attends over a memory; give one")
+            raise InvalidMemory(f"model {name!r} attends over a memory, and the request has none")
         return
     if not model.memory_row_size:
-        raise InvalidMemory(f"model {name!r} has no attention, so it takes no memory")
+        raise InvalidMemory(f"model {name!r} has no attention, so leave the memory out")
     if memory.length < 1:
-        raise InvalidMemory("the memory has no row")
+        raise InvalidMemory(f"the memory has {memory.length} rows; expected at least 1")
     check_memory_rows(model, memory.length)
     if len(memory.rows) != memory.length * model.memory_row_bytes:
         raise InvalidShape(
-            f"{memory.length} rows of model {name!r}'s memory take"
-            f" {memory.length * model.memory_row_bytes} bytes"
-            f" ({model.memory_row_size} x 4 each), not {len(memory.rows)}"
+            f"got {len(memory.rows):,} bytes of memory; model {name!r} takes"
+            f" {memory.length * model.memory_row_bytes:,} for {memory.length:,} x"
+            f" {model.memory_row_size} values of 4 bytes"
         )
 
 
 def check_memory_rows(model: ModelInfo, length: int) -> None:
     """Raises `MemoryTooLarge` for more rows than the model takes here."""
     if length > model.memory_rows_max:
+        limit = model.memory_rows_limit
         raise MemoryTooLarge(
-            f"the memory has {length} rows, at most {model.memory_rows_max} are taken",
-            limit="limits.memory_rows_max",
-            maximum=model.memory_rows_max,
+            f"the memory has {length:,} rows; model {model.key.name!r} takes at most"
+            f" {model.memory_rows_max:,} here",
+            limit=limit.setting,
+            maximum=limit.value or model.memory_rows_max,
+            model=limit.model,
         )

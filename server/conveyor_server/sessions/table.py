@@ -10,7 +10,10 @@ from typing import Final
 from conveyor_server.core import SessionKey
 from conveyor_server.errors import (
     PrincipalSessionsLimit,
+    SessionClosed,
     SessionEnded,
+    SessionEvicted,
+    SessionExpired,
     SessionNotFound,
     SessionsLimit,
 )
@@ -18,6 +21,12 @@ from conveyor_server.sessions.session import Session
 
 _LEASES_SLACK: Final = 64
 """Ends of leases kept beyond two for each session before the outdated ones are thrown out."""
+
+_ENDINGS: Final[dict[type[SessionEnded], str]] = {
+    SessionExpired: "has expired",
+    SessionClosed: "was closed",
+    SessionEvicted: "was evicted to free memory",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,22 +85,22 @@ class SessionTable:
         self._bury(now)
         tombstone = self._tombstones.get(key)
         if tombstone is not None:
-            word = tombstone.error.reason.removeprefix("SESSION_").lower()
-            raise tombstone.error(f"session {key[1]!r} was {word}")
+            ending = _ENDINGS[tombstone.error]
+            raise tombstone.error(f"session {key[1]!r} {ending}; open a new one")
         raise SessionNotFound(key[1])
 
     def check_room(self, principal: str, sessions: int = 1) -> None:
         """Raises `SessionsLimit` or `PrincipalSessionsLimit` if so many more do not fit."""
         if len(self._sessions) + sessions > self._sessions_max:
             raise SessionsLimit(
-                "the server holds as many sessions as it may",
+                f"the server has no room for {sessions:,} more sessions",
                 limit="limits.sessions_max",
                 maximum=self._sessions_max,
             )
         held = self._per_principal[principal]
         if held + sessions > self._principal_sessions_max:
             raise PrincipalSessionsLimit(
-                f"you hold {held} sessions",
+                f"you hold {held:,} sessions, and {sessions:,} more do not fit; close some",
                 limit="limits.principal_sessions_max",
                 maximum=self._principal_sessions_max,
             )

@@ -29,9 +29,11 @@ def check_token(token: str, session_id: str, incarnation: str) -> None:
         its_incarnation, epoch, its_session_id = text.split("/", 2)
         int(epoch)
     except (ValueError, binascii.Error) as error:
-        raise InvalidToken("the session token is malformed") from error
+        raise InvalidToken(
+            "the session token is not valid; pass the one that OpenSession gave, unchanged"
+        ) from error
     if its_session_id != session_id:
-        raise InvalidToken("the session token is of another session")
+        raise InvalidToken(f"the session token belongs to another session, not to {session_id!r}")
     if its_incarnation != incarnation:
         raise ServerRestarted(
             f"session {session_id!r} was opened before this server restarted; sessions are kept in"

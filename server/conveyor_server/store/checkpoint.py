@@ -84,25 +84,27 @@ def decode(record: bytes) -> Checkpoint:
         SnapshotIncompatible: Of a format this server does not read.
     """
     if len(record) < _PREFIX.size + _DIGEST_BYTES or not record.startswith(MAGIC):
-        raise SnapshotCorrupt("not a snapshot")
+        raise SnapshotCorrupt(
+            "not a snapshot of this server: its first bytes are of something else"
+        )
     _, version, header_length = _PREFIX.unpack_from(record)
     if not FORMAT_VERSION <= version <= MEMORY_FORMAT_VERSION:
         raise SnapshotIncompatible(
-            f"the snapshot has format {version}, this server reads {FORMAT_VERSION} to"
+            f"the snapshot has format {version}; this server reads formats {FORMAT_VERSION} to"
             f" {MEMORY_FORMAT_VERSION}"
         )
     body = memoryview(record)[:-_DIGEST_BYTES]
     if hashlib.sha256(body).digest() != record[-_DIGEST_BYTES:]:
-        raise SnapshotCorrupt("the snapshot's checksum does not match")
+        raise SnapshotCorrupt("the snapshot is damaged: its checksum does not match")
     carry_start = _PREFIX.size + header_length
     if header_length > HEADER_BYTES_MAX or carry_start > len(body):
-        raise SnapshotCorrupt("the snapshot's header is longer than the snapshot")
+        raise SnapshotCorrupt("the snapshot is cut off within its header")
     header = _read_header(bytes(body[_PREFIX.size : carry_start]), version)
     state_bytes = header.carry_bytes + header.memory_bytes
     if len(body) - carry_start != state_bytes:
         raise SnapshotCorrupt(
-            f"the snapshot holds {len(body) - carry_start} bytes of state, its header says"
-            f" {state_bytes}"
+            f"the snapshot is damaged: it holds {len(body) - carry_start:,} bytes of state, but its"
+            f" header says {state_bytes:,}"
         )
     memory_start = carry_start + header.carry_bytes
     return Checkpoint(header, bytes(body[carry_start:memory_start]), bytes(body[memory_start:]))
@@ -127,14 +129,14 @@ def check_fits(checkpoint: Checkpoint, model: ModelInfo) -> None:
     header = checkpoint.header
     if header.model_digest != model.digest:
         raise SnapshotIncompatible(
-            f"the snapshot is of model digest {header.model_digest}, the model's is {model.digest}"
+            f"the snapshot is of digest {header.model_digest}; the model has {model.digest}"
         )
     if header.dtype != "float32" or header.carry_bytes != model.carry_bytes:
-        raise SnapshotIncompatible("the snapshot's carry has another layout than the model's")
+        raise SnapshotIncompatible("the snapshot's state does not have the layout of the model's")
     if bool(header.memory_bytes) != bool(model.memory_row_bytes) or (
         header.memory_bytes and header.memory_bytes % model.memory_row_bytes
     ):
-        raise SnapshotIncompatible("the snapshot's memory is none that the model attends over")
+        raise SnapshotIncompatible("the snapshot's memory does not fit the model's attention")
 
 
 def read_snapshot(record: bytes) -> Checkpoint:
@@ -148,7 +150,9 @@ def read_snapshot(record: bytes) -> Checkpoint:
         # What is of another type or layout is refused where the model is known.
         floats = np.frombuffer(values, dtype="<f4", count=len(values) // 4)
         if checkpoint.header.dtype == "float32" and not np.isfinite(floats).all():
-            raise SnapshotCorrupt(f"the snapshot's {what} has a NaN or an infinity")
+            raise SnapshotCorrupt(
+                f"the snapshot is damaged: its {what} has a NaN or an infinite value"
+            )
     return checkpoint
 
 
@@ -159,9 +163,9 @@ def _read_header(data: bytes, version: int) -> Header:
         if ("memory_bytes" in fields) != (version >= MEMORY_FORMAT_VERSION):
             raise ValueError("a field of another format")
     except (ValueError, TypeError, RecursionError) as error:
-        raise SnapshotCorrupt("the snapshot's header is not readable") from error
+        raise SnapshotCorrupt("the snapshot is damaged: its header cannot be read") from error
     if not _well_formed(header):
-        raise SnapshotCorrupt("the snapshot's header has a field that no header can have")
+        raise SnapshotCorrupt("the snapshot is damaged: its header has an impossible value")
     return header
 
 

@@ -206,7 +206,7 @@ async def test_a_memory_is_for_the_start_and_for_attention_only(protocol: Protoc
     assert "unexpected inference input 'MEMORY'" in (await refused(infer(message))).message
     message = looking(x, number, memory, start=True)
     del message.inputs[0], message.raw_input_contents[0]
-    assert "needs input 'INPUT'" in (await refused(infer(message))).message
+    assert "input 'INPUT' of model" in (await refused(infer(message))).message
 
 
 async def test_both_kinds_are_described(protocol: Protocol) -> None:

@@ -130,16 +130,16 @@ WRONG: dict[str, tuple[dict[str, Any], Refusal, str]] = {
     "half an element of FP64": (
         {"datatype": "FP64", "raw": bytes(8 * 3 + 4)},
         INVALID_SHAPE,
-        "28 bytes are not whole elements",
+        "has 28 bytes, not a multiple",
     ),
     "half an element of BF16": (
         {"datatype": "BF16", "raw": bytes(2 * 3 + 1)},
         INVALID_SHAPE,
-        "7 bytes are not whole elements",
+        "has 7 bytes, not a multiple",
     ),
-    "too few bytes": ({"raw": ROW.tobytes()[:-1]}, INVALID_SHAPE, "12 bytes"),
-    "too many bytes": ({"raw": ROW.tobytes() * 2}, INVALID_SHAPE, "not 24"),
-    "half an element": ({"datatype": "INT64", "raw": b"12345"}, INVALID_SHAPE, "not whole"),
+    "too few bytes": ({"raw": ROW.tobytes()[:-1]}, INVALID_SHAPE, "takes 12 "),
+    "too many bytes": ({"raw": ROW.tobytes() * 2}, INVALID_SHAPE, "got 24 bytes"),
+    "half an element": ({"datatype": "INT64", "raw": b"12345"}, INVALID_SHAPE, "not a multiple"),
     "too few elements": ({"datatype": "INT8", "raw": b"12"}, INVALID_SHAPE, "count 2, expected 3"),
     "too few typed": (
         {"contents": {"fp32_contents": [1.0]}},
@@ -150,7 +150,7 @@ WRONG: dict[str, tuple[dict[str, Any], Refusal, str]] = {
     "no step": (
         {"shape": (1, 0, 3), "raw": b""},
         Refusal("INVALID_ARGUMENT", "EMPTY_CHUNK"),
-        "no step",
+        "has 0 steps",
     ),
     "NaN": (
         {"raw": np.full(3, np.nan, np.float32).tobytes()},
@@ -160,12 +160,12 @@ WRONG: dict[str, tuple[dict[str, Any], Refusal, str]] = {
     "beyond FP32": (
         {"datatype": "FP64", "raw": np.full(3, 1e300).tobytes()},
         Refusal("INVALID_ARGUMENT", "NON_FINITE_INPUT"),
-        "NaN",
+        "input[0, 0] is infinite",
     ),
     "beyond INT8": (
         {"datatype": "INT8", "contents": {"int_contents": [1, 2, 300]}},
         INVALID_FIELD,
-        "outside INT8",
+        "does not fit its datatype INT8",
     ),
     "both contents": (
         {"contents": {"fp32_contents": [1, 2, 3]}, "raw": ROW.tobytes()},
@@ -182,8 +182,8 @@ WRONG: dict[str, tuple[dict[str, Any], Refusal, str]] = {
     "an unknown input": ({"name": "X"}, INVALID_FIELD, "unexpected inference input 'X'"),
     "an unknown output": ({"outputs": ("OUTPUT", "X")}, INVALID_FIELD, "inference output 'X'"),
     "version x": ({"version": "x"}, INVALID_FIELD, "version"),
-    "version 0": ({"version": "0"}, INVALID_FIELD, "unknown model: 'tiny' version 0 is not found"),
-    "version 9": ({"version": "9"}, INVALID_FIELD, "unknown model: 'tiny' version 9 is not found"),
+    "version 0": ({"version": "0"}, INVALID_FIELD, "'tiny' version 0 is not found; versions"),
+    "version 9": ({"version": "9"}, INVALID_FIELD, "'tiny' version 9 is not found; it has 1"),
     "start of a text": (
         {"parameters": {"sequence_start": {"string_param": "true"}}},
         INVALID_FIELD,

@@ -136,7 +136,8 @@ async def test_a_bad_request_costs_the_stream_nothing(protocol: Protocol, wire: 
         answers = await stream.end()
     assert [each.infer_response.id for each in answers] == ["", "short", "unknown", "none", ""]
     assert "bytes" in answers[1].error_message
-    assert answers[2].error_message == "Request for unknown model: 'unknown' is not found"
+    unknown = "Request for unknown model: 'unknown' is not found; this server has broad, "
+    assert answers[2].error_message.startswith(unknown)
     assert "correlation ID" in answers[3].error_message
     assert not answers[1].infer_response.outputs
     assert stepped([answers[0], answers[4]]) == await wire.predict("tiny", x)
@@ -217,7 +218,7 @@ async def test_a_request_that_does_not_begin_in_time_is_not_run(
         await stream.send("heavy", HEAVY[:1], number, parameters=timeout)
         await stream.send("heavy", HEAVY[:1], number)
         answers = await stream.end()
-    assert "not begun within its time" in answers[1].error_message
+    assert "did not start before its deadline" in answers[1].error_message
     assert [bool(each.error_message) for each in answers] == [False, True, False]
     assert (await wire.get(f"oip.i:heavy:{number}")).applied_step == 1001
 
@@ -255,7 +256,7 @@ async def test_sequences_are_each_principals_own(start_server: StartServer) -> N
         ready = inference_pb2.ServerReadyRequest()
         assert await refused(nobody.stub.ServerReady(ready)) == denied
         async with nobody.stream() as stream:
-            with pytest.raises(aio.AioRpcError, match="bearer"):
+            with pytest.raises(aio.AioRpcError, match="Bearer"):
                 await stream.end()
         first = await ann.infer("tiny", ROW, 1, start=True)
         assert NOT_STARTED in (await refused(bob.infer("tiny", ROW, 1))).message
@@ -275,7 +276,8 @@ async def test_the_limits_of_sessions_hold_for_sequences(start_server: StartServ
             await stream.send("tiny", ROW, 3, start=True)
             await stream.send("tiny", ROW, 3)
         texts = [each.error_message for each in await stream.answers(4)]
-        assert texts[0] == texts[2] == "you hold 2 sessions"
+        assert texts[0] == texts[2]
+        assert "limits.principal_sessions_max is 2" in texts[0]
         assert NOT_STARTED in texts[1]
         assert texts[1] == texts[3]
         await protocol.infer("tiny", ROW, 1, start=True)  # a live one may begin again
@@ -377,7 +379,7 @@ async def test_a_stopping_server_answers_what_it_took_and_is_unavailable(
             answer, late = await busy.answers(2)
             assert len(output(answer.infer_response)) == len(HEAVY)
             assert late.infer_response.id == "late"
-            assert "stopping" in late.error_message
+            assert "shutting down" in late.error_message
             with pytest.raises(aio.AioRpcError) as caught:
                 async with asyncio.timeout(30):
                     await busy.call.read()

@@ -118,7 +118,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "ragged column": (
         {"left": [[1], [1, 2]], "right": [1, 2]},
-        "key 'left' cannot be read",
+        "key 'left' is not an array of numbers",
     ),
     "lengths": ({"left": [1], "right": [1, 2]}, "keys of different lengths: (1,), (2,)"),
     "rows of different lengths": ([[1, 2], [3]], "rows of one length each"),

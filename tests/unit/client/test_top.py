@@ -110,4 +110,4 @@ def test_an_endpoint_that_does_not_answer_is_told(endpoint: str) -> None:
         fetch(f"http://{endpoint}/elsewhere", 1.0)
     result = CliRunner().invoke(app, ["top", "--once", "--metrics", "127.0.0.1:1"])
     assert result.exit_code == 1
-    assert "error: TRANSPORT" in result.output
+    assert "cannot reach 127.0.0.1:1: connection refused" in result.output

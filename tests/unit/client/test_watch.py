@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from conveyor.install import install_command
 from conveyor.v1 import session_pb2
 from conveyor_client._nouns import model_from_proto
 from conveyor_client.cli._app import app
@@ -98,11 +99,11 @@ def test_a_memory_is_looked_at(watch, threaded_server: FakeServer, tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("m.npy", b"nonsense", "no array of NumPy"),
-        ("m.csv", b"1,2,3\n1,2\n", "line 2: 2 numbers, 3 in the first row"),
-        ("m.csv", b"1,2,3\n1,x,3\n", "line 2: could not convert string to float: 'x'"),
-        ("m.csv", b"1,x,3\n", "line 1: could not convert string to float: 'x'"),
-        ("m.csv", b"\xff\xfe", "no CSV in UTF-8"),
+        ("m.npy", b"nonsense", "not a whole .npy file of numbers"),
+        ("m.csv", b"1,2,3\n1,2\n", "line 2: 2 numbers; expected 3"),
+        ("m.csv", b"1,2,3\n1,x,3\n", "line 2: 'x' is not a number"),
+        ("m.csv", b"1,x,3\n", "line 1: 'x' is not a number"),
+        ("m.csv", b"\xff\xfe", "not CSV in UTF-8"),
         ("m.csv", b"a,b,c\n", "INVALID_MEMORY"),
         ("m.csv", b"1,2\n", "INVALID_MEMORY"),
         ("m.csv", b"1,2,nan\n", "NON_FINITE_INPUT"),
@@ -122,7 +123,7 @@ def test_what_is_no_memory_is_told(
 def test_a_pickled_memory_is_not_loaded(watch, tmp_path: Path) -> None:
     file = tmp_path / "m.npy"
     np.save(file, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    assert "no array of NumPy" in watch("looker", "--memory", str(file), status=1).stderr
+    assert "not a whole .npy file" in watch("looker", "--memory", str(file), status=1).stderr
 
 
 def test_watching_a_session_drives_it_and_leaves_it(watch, threaded_server: FakeServer) -> None:
@@ -149,15 +150,19 @@ def test_a_model_goes_before_a_session_of_its_name(watch, threaded_server: FakeS
 def test_what_cannot_be_watched_is_one_line(watch, threaded_server: FakeServer) -> None:
     threaded_server.world.sessions["tale"] = State("tale", threaded_server._model("tokens"))
     for arguments, message in {
-        ("nobody",): "there is no model and no session of yours called nobody",
-        ("tokens", "--text", "a", "--prompt", "b"): "--csv, --text and --prompt exclude each other",
+        ("nobody",): "no model and no session of yours is called nobody: refused: MODEL_NOT_FOUND",
+        ("tokens", "--text", "a", "--prompt", "b"): "give only one of --csv, --text and --prompt",
         ("counter", "--text", "a"): "counter takes features, not text; feed it rows with --csv",
         ("counter", "--prompt", "a"): "counter takes features, not text; feed it rows with --csv",
-        ("tokens", "--prompt", "a"): "the outputs of tokens are no tokens; it cannot go on alone",
-        ("tokens", "--text", "az"): "TOKEN_OUT_OF_RANGE: the model's vocabulary has no 'z'",
-        ("tokens", "--csv", "/nowhere.csv"): "[Errno 2] No such file or directory: '/nowhere.csv'",
-        ("tale", "--memory", "m.npy"): "session tale has its memory since it was opened; "
-        "--memory is for models",
+        (
+            "tokens",
+            "--prompt",
+            "a",
+        ): "the outputs of tokens are not tokens, so it cannot go on alone",
+        ("tokens", "--text", "az"): "TOKEN_OUT_OF_RANGE: 'z' is not in the model's vocabulary",
+        ("tokens", "--csv", "/nowhere.csv"): "/nowhere.csv: no such file or directory",
+        ("tale", "--memory", "m.npy"): "--memory: session tale has its memory since it was opened;"
+        " leave the flag out",
     }.items():
         result = watch(*arguments, status=1)
         assert result.stderr.splitlines()[-1] == f"error: {message}"
@@ -189,7 +194,7 @@ def test_patches_are_drawn_as_an_image(watch, tmp_path: Path) -> None:
     watch("looker", *options, stdin="1,1\n2,2\n")
     assert 'alt="Where it looks: attention"' in html.read_text(encoding="utf-8")
     for grid, message in {
-        "2x2": "--grid 2x2: the memory has 6 rows",
+        "2x2": "--grid 2x2 is 4 cells; the memory has 6 rows",
         "six": "--grid six: expected lines and columns, such as 4x4",
         "0x6": "--grid 0x6: expected lines and columns, such as 4x4",
     }.items():
@@ -208,14 +213,15 @@ def test_a_bad_row_ends_the_watching_and_the_picture_shows_the_rows_before(
 
 def test_a_picture_that_cannot_be_written_is_one_line(watch, tmp_path: Path) -> None:
     result = watch("tokens", "--text", "a", "--png", str(tmp_path), status=1)
-    assert result.stderr == f"error: [Errno 21] Is a directory: '{tmp_path}'\n"
+    assert result.stderr == f"error: {tmp_path}: is a directory\n"
 
 
 def test_a_picture_that_has_no_folder_is_refused_before_anything_runs(
     watch, threaded_server: FakeServer
 ) -> None:
     result = watch("tokens", "--text", "a", "--png", "/nowhere/gates.png", status=1)
-    assert result.stderr == "error: there is no folder /nowhere\n"
+    message = "cannot write /nowhere/gates.png: there is no folder /nowhere"
+    assert result.stderr == f"error: {message}\n"
     assert not threaded_server.world.calls["StreamSteps"]
 
 
@@ -232,7 +238,7 @@ def test_without_matplotlib_the_extra_is_named_before_anything_runs(
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = watch("tokens", "--text", "a", "--png", str(tmp_path / "gates.png"), status=1)
-    assert result.stderr == "error: pictures need matplotlib: pip install 'conveyor[plot]'\n"
+    assert result.stderr == f"error: pictures need matplotlib: {install_command('plot')}\n"
     assert not threaded_server.world.calls["StreamSteps"]
     assert len(steps_of(watch("tokens", "--text", "a"))) == 1
 
@@ -384,5 +390,5 @@ def test_tokens_without_labels_are_fed_as_numbers(watch, threaded_server: FakeSe
     bare.name = "bare"
     del bare.signature.input.labels[:]
     threaded_server.models.append(bare)
-    message = "error: the tokens of bare have no labels; feed it with --csv\n"
+    message = "error: the tokens of bare have no labels, so it takes no text; use --csv\n"
     assert watch("bare", "--text", "a", status=1).stderr == message

@@ -520,5 +520,5 @@ def test_without_the_extra_the_message_says_what_to_install(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(BundleError, match=r"h5py is not installed: .*conveyor\[importers\]"):
+    with pytest.raises(BundleError, match=r"h5py is not installed: .*pip install .*\[importers\]"):
         import_model(files / "lstm.keras")

@@ -80,10 +80,10 @@ def test_broken_bundles_hide_no_others(tmp_path: Path) -> None:
     assert _named(listing.bundles) == [("good", 1), ("many", 1)]
     said = {str(problem).removeprefix(f"{tmp_path}/") for problem in listing.problems}
     assert {line for line in said if "not valid TOML" not in line} == {
-        "many/2/model.toml: version: 3, expected 2 as its folder is called",
+        "many/2/model.toml: version: found 3; expected 2, the name of its folder",
         "no-weights/weights.safetensors: missing",
         "no-spec/model.toml: missing",
-        "renamed/model.toml: name: 'original', expected 'renamed' as its folder is called",
+        "renamed/model.toml: name: found 'original'; expected 'renamed', the name of its folder",
     }
     assert len(said) == 5
     assert any(isinstance(problem, SpecError) for problem in listing.problems)
@@ -95,7 +95,7 @@ def test_a_bundle_with_versions_inside_is_ambiguous(tmp_path: Path) -> None:
     listing = scan(tmp_path)
     assert _named(listing.bundles) == [("one", 1)]
     assert [str(problem) for problem in listing.problems] == [
-        f"{tmp_path}/one/2: not looked at, as one/ is a bundle itself"
+        f"{tmp_path}/one/2: ignored, because one/ is a bundle itself"
     ]
 
 
@@ -149,11 +149,11 @@ def test_a_bundle_that_could_not_give_way_is_there_again(
 
     def full(source: Path, target: Path) -> None:
         if Path(source).name == "new":
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(errno.ENOSPC, "no space left on device")
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", full)
-    with pytest.raises(RepositoryError, match="No space left"):
+    with pytest.raises(RepositoryError, match="no space left"):
         add_bundle(tmp_path, spec, random_weights(spec, seed=2), replace=True)
     assert load_bundle(before.path).digest == before.digest
     assert [path.name for path in tmp_path.iterdir()] == [spec.name]

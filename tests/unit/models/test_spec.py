@@ -67,12 +67,16 @@ WRONG = {
     "nested too deeply": ("x = " + "[" * 100_000, None, "not valid TOML"),
     "a number of 5,000 digits": ("schema = " + "9" * 5_000, None, "not valid TOML"),
     "empty": ("", "schema", "missing"),
-    "schema": (_edited("schema = 1", "schema = 2"), "schema", "found 2; input should be 1"),
+    "schema": (_edited("schema = 1", "schema = 2"), "schema", "found 2; expected 1"),
     "no name": (_edited('name = "tiny"', ""), "name", "missing"),
     "name in capitals": (_edited('"tiny"', '"Tiny"'), "name", "found 'Tiny'"),
     "name that leaves": (_edited('"tiny"', '"../tiny"'), "name", "found '../tiny'"),
     "name ends a line": (_edited('"tiny"', '"tiny\\n"'), "name", "found 'tiny\\n'"),
-    "name too long": (_edited('"tiny"', f'"{"n" * 64}"'), "name", "should match"),
+    "name too long": (
+        _edited('"tiny"', f'"{"n" * 64}"'),
+        "name",
+        "expected 1 to 63 characters of a-z",
+    ),
     "version": (_edited("schema = 1", "schema = 1\nversion = 0"), "version", "found 0"),
     "unknown key": (_edited("schema = 1", "schema = 1\ncolour = 2"), "colour", "unknown key"),
     "unknown table": (TOKENS_TOML + "\n[heads]\nsize = 1", "heads", "unknown key"),
@@ -82,42 +86,46 @@ WRONG = {
     "input size too large": (_edited("size = 5", "size = 65537"), "input.size", "found 65537"),
     "size as a string": (_edited("size = 3", 'size = "3"'), "embedding.size", "found '3'"),
     "size as a fraction": (_edited("size = 3", "size = 3.0"), "embedding.size", "found 3.0"),
-    "size as a boolean": (_edited("size = 3", "size = true"), "embedding.size", "found True"),
+    "size as a boolean": (
+        _edited("size = 3", "size = true"),
+        "embedding.size",
+        "found true; expected a whole number",
+    ),
     "too few labels": (
         _edited('"a", ', ""),
         "input.labels",
-        "4 of them, expected exactly 5",
+        "found 4; expected exactly 5",
     ),
-    "label twice": (_edited('"b"', '"a"'), "input.labels", "'a' stands there more than once"),
+    "label twice": (_edited('"b"', '"a"'), "input.labels", "duplicate label 'a'"),
     "empty label": (_edited('"b"', '""'), "input.labels.1", "found ''"),
     "no embedding": (_edited("[embedding]\nsize = 3", ""), "embedding", "needs one"),
     "embedding of features": (
         FEATURES_TOML + "\n[embedding]\nsize = 3",
         "embedding",
-        "has no use for it",
+        "not used with an input of features",
     ),
     "no layers": (FEATURES_TOML.split("[[layers]]")[0], "layers", "missing"),
     "empty layers": (
         "layers = []\n" + FEATURES_TOML.split("[[layers]]")[0],
         "layers",
-        "at least 1 item",
+        "at least 1 of them",
     ),
     "too many layers": (
         FEATURES_TOML + '\n[[layers]]\ncell = "lstm"\nsize = 1' * 64,
         "layers",
-        "at most 64 items",
+        "at most 64 of them",
     ),
     "unknown cell": (
         _edited('"lstm"', '"lstn"'),
         "layers.0.cell",
-        "'lstn' is not one of the known ones: rnn, lstm, gru",
+        "found 'lstn'; expected one of rnn, lstm, gru",
     ),
-    "cell of another type": (_edited('"lstm"', "[]"), "layers.0.cell", "[] is not one of"),
+    "cell of another type": (_edited('"lstm"', "[]"), "layers.0.cell", "found []; expected one of"),
     "no cell": (_edited('cell = "lstm"', ""), "layers.0.cell", "missing"),
     "projection not below size": (
         _edited("projection = 2", "projection = 4"),
         "layers.0.projection",
-        "4 is not below the layer's size 4",
+        "found 4; expected less than the layer's size 4",
     ),
     "projection zero": (
         _edited("projection = 2", "projection = 0"),
@@ -128,7 +136,7 @@ WRONG = {
     "output labels": (
         TOKENS_TOML + '\nlabels = ["one"]',
         "output.labels",
-        "1 of them, expected exactly 5",
+        "found 1; expected exactly 5",
     ),
     "limit zero": (
         TOKENS_TOML + "\n[limits]\nchunk_steps_max = 0",
@@ -138,7 +146,7 @@ WRONG = {
     "too many weights": (
         FEATURES_TOML.replace("size = 3", "size = 65536"),
         "sizes",
-        "expected at most 1073741824",
+        "expected at most 1,073,741,824",
     ),
 }
 

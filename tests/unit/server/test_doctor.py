@@ -1,6 +1,7 @@
 """The doctor: each of its checks on machines and configurations that are well and that are not."""
 
 import json
+import re
 import resource
 import socket
 import time
@@ -9,14 +10,17 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
+from conveyor.install import install_command
 from conveyor_server.config import Config, load_config
 from conveyor_server.core import ModelInfo
-from conveyor_server.doctor import Finding, Status, examine, machine, service, worst
+from conveyor_server.doctor import Finding, Status, examine, machine, service, speed, worst
 from conveyor_server.doctor.finding import fail, ok, warn
 from conveyor_server.doctor.report import show
+from conveyor_server.engine.devices import Choice
 from tests.integration.bundles import TINY, add_model
-from tests.support.models import ATTENTIVE, FEATURES
+from tests.support.models import ATTENTIVE, BOTHWAYS, FEATURES
 
 CERTIFICATE = """\
 -----BEGIN CERTIFICATE-----
@@ -83,7 +87,7 @@ def test_every_check_is_made(repository: Path) -> None:
     assert worst(found) is not Status.FAIL, found
     assert {finding.check for finding in found} == {
         "versions", "configuration", "files", "clock", "store", "ports", "device", "models",
-        "memory",
+        "memory", "speed",
     }  # fmt: skip
     for finding in found:
         assert bool(finding.advice) == (finding.status is not Status.OK), finding
@@ -109,7 +113,7 @@ def test_a_check_that_breaks_is_told_and_the_others_are_made(
     (ports,) = [finding for finding in found if finding.check == "ports"]
     assert ports.status is Status.WARN
     assert "ZeroDivisionError: by zero" in ports.found
-    assert found[-1].check == "memory"
+    assert found[-1].check == "speed"
 
 
 # --- the machine ---------------------------------------------------------------------------------
@@ -137,7 +141,7 @@ def test_an_older_package_fails(version: str, monkeypatch: pytest.MonkeyPatch) -
     finding = only(machine.check_versions())
     assert finding.status is Status.FAIL
     assert f"thing {version} is older than 1.85.1" in finding.found
-    assert "pip install" in finding.advice
+    assert finding.advice == install_command("server")
 
 
 @pytest.mark.parametrize("version", ["1.85.1", "1.85.1+cpu", "1.100", "2.0rc1"])
@@ -217,11 +221,12 @@ def test_a_server_that_is_open_to_everybody_is_warned_of() -> None:
 def test_tls_files_have_to_be_there_and_to_belong_together(tmp_path: Path) -> None:
     files = {"tls_certificate_file": tmp_path / "chain.pem", "tls_key_file": tmp_path / "key.pem"}
     settings = {f"listen__{name}": file for name, file in files.items()}
-    assert "No such file" in only(service.check_exposure(config(**settings))).found
+    assert "chain.pem: no such file" in only(service.check_exposure(config(**settings))).found
     for file in files.values():
         file.write_text("not a certificate")
     finding = only(service.check_exposure(config(**settings)))
     assert finding.status is Status.FAIL
+    assert "holds no certificate in PEM" in finding.found
     assert "PEM" in finding.advice
 
 
@@ -234,7 +239,7 @@ def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked_for_it(
     settings = {"listen__tls_certificate_file": certificate, "listen__tls_key_file": key}
     finding = only(service.check_exposure(config(**settings)))
     assert finding.status is Status.FAIL
-    assert "the key is encrypted" in finding.found
+    assert "key.pem is encrypted" in finding.found
 
 
 def test_a_promise_that_is_not_verified_is_warned_of() -> None:
@@ -248,7 +253,7 @@ def test_tracing_without_its_extra_fails(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(service.importlib.util, "find_spec", lambda _: None)
     finding = only(service.check_exposure(traced))
     assert finding.status is Status.FAIL
-    assert "conveyor[otel]" in finding.advice
+    assert install_command("otel") in finding.advice
 
 
 # --- ports, store, device ------------------------------------------------------------------------
@@ -301,6 +306,7 @@ def test_a_device_that_is_not_there_fails_once() -> None:
     assert only(service.check_device(absent)).status is Status.FAIL
     assert not list(service.check_models(absent, []))
     assert not list(service.check_memory(absent, []))
+    assert not list(speed.check_speed(absent, [FEATURES]))
 
 
 def test_more_threads_than_cores_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,6 +325,51 @@ def test_a_device_that_torch_does_not_use_is_warned_of(
     _, finding = service.check_device(config(engine__device="auto"))
     assert finding.status is Status.WARN
     assert only(service.check_device(config(engine__device="cpu"))).status is Status.OK
+
+
+def test_a_cuda_device_that_cannot_be_used_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = Choice(torch.device("cpu"), "its compute capability is 6.1")
+    monkeypatch.setattr("conveyor_server.engine.about.find_device", lambda _: cpu)
+    monkeypatch.setattr(service, "NVIDIA_DEVICE", Path("/"))
+    _, finding = service.check_device(config(engine__device="auto"))
+    assert finding.status is Status.WARN
+    assert "capability is 6.1" in finding.found
+
+
+# --- speed ---------------------------------------------------------------------------------------
+
+
+def test_the_speed_of_one_session_and_of_many_is_measured(repository: Path) -> None:
+    add_model(repository, "larger", TINY | {"layers": [{"cell": "lstm", "size": 50}]})
+    models: list[service.Model] = []
+    assert all(service.check_models(config(models__folder=repository), models))
+    infos = [model.info for model in models]
+    finding = only(speed.check_speed(config(models__folder=repository), infos))
+    assert finding.status is Status.OK
+    assert re.fullmatch(
+        r"larger 1, steps a second: cpu [\d,]+ with one session, [\d,]+ with 64",
+        finding.found,
+    )
+
+
+def test_without_a_model_that_can_be_stepped_nothing_is_measured() -> None:
+    assert not list(speed.check_speed(config(), [BOTHWAYS]))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "status", "said"),
+    [
+        ((100.0, 100.0), Status.WARN, "set engine.device = cpu: it is faster with both"),
+        ((100.0, 9_000.0), Status.OK, "where one session is stepped at once, engine.device = cpu"),
+        ((900.0, 100.0), Status.OK, "where 64 sessions are stepped at once, engine.device = cpu"),
+        ((900.0, 9_000.0), Status.OK, "cuda:0 900 with one session, 9,000 with 64; cpu 800 with"),
+    ],
+)
+def test_the_faster_device_is_advised(cuda: tuple[float, float], status: Status, said: str) -> None:
+    measured = {"cuda:0": dict(zip((1, 64), cuda, strict=True)), "cpu": {1: 800.0, 64: 5_000.0}}
+    finding = speed.judge("tiny 1", measured)
+    assert finding.status is status
+    assert said in f"{finding.found} {finding.advice}"
 
 
 # --- models and memory ---------------------------------------------------------------------------
@@ -355,7 +406,7 @@ def test_slower_kernels_are_warned_of(repository: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(service.TorchEngine, "fastest_kernels", "faster-ones")
     finding = only(service.check_models(config(models__folder=repository), []))
     assert finding.status is Status.WARN
-    assert "faster-ones change bits" in finding.found
+    assert "the faster ones (faster-ones) do not give the same bits" in finding.found
 
 
 @pytest.mark.parametrize("folder", ["absent", "empty"])

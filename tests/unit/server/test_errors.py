@@ -43,6 +43,7 @@ def make(kind: type[ConveyorError]) -> ConveyorError:
         "expected_step": 5,
         "limit": "limits.sessions_max",
         "maximum": 7,
+        "device": "cuda:1",
     }
     parameters = inspect.signature(kind.__init__).parameters
     return kind(**{name: arguments[name] for name in parameters if name in arguments})
@@ -156,7 +157,7 @@ def test_errors_of_other_rooms_have_a_reason_of_the_list_too() -> None:
 
 def test_the_callers_words_are_quoted_and_nothing_else_is() -> None:
     assert make(errors.SessionNotFound).message == "there is no session 's'"
-    assert errors.Internal().message == "the server made a mistake; its log has the details"
+    assert errors.Internal().message == "internal error of the server; the details are in its log"
     gap = errors.StepGap(9, 5)
     assert gap.metadata == {"expected_step": "5"}
     assert "9" in gap.message

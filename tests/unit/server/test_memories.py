@@ -92,7 +92,7 @@ def test_it_leaves_the_device_with_the_last_of_its_sessions() -> None:
 def test_one_that_does_not_get_onto_the_device_changes_nothing() -> None:
     it = rig()
     it.open(memory=memory(2))
-    it.engine.fail_next_memory = [DeviceOutOfMemory("full", limit="device memory", maximum=1)]
+    it.engine.fail_next_memory = [DeviceOutOfMemory("fake")]
     with pytest.raises(DeviceOutOfMemory):
         it.step("s", 1, [1])
     assert it.engine.slots_used(ATTENTIVE.key) == 0

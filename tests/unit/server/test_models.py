@@ -97,3 +97,33 @@ def test_sessions_are_counted_by_version() -> None:
         (1, 1, False),
         (2, 1, True),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "message"),
+    [
+        ("wether", 0, "there is no model 'wether'; did you mean 'weather'?"),
+        ("xyz", 0, "there is no model 'xyz'; this server has tagger, weather"),
+        ("weather", 3, "model 'weather' has no version 3; it has 10, 2, 1"),
+    ],
+)
+def test_a_wrong_name_or_version_is_answered_with_what_there_is(
+    name: str, number: int, message: str
+) -> None:
+    table = table_of(1, 2, 10)
+    table.add(BOTHWAYS)
+    with pytest.raises(ModelNotFound) as caught:
+        table.resolve(name, number)
+    assert caught.value.message == message
+    assert caught.value.metadata == {"model": name}
+
+
+def test_what_is_listed_is_bounded_and_without_what_is_retired() -> None:
+    table = ModelTable()
+    for number in range(30):
+        table.add(replace(FEATURES, key=ModelKey(f"m{number:02}", 1)))
+    table.retire(ModelKey("m00", 1))
+    with pytest.raises(ModelNotFound, match=r"this server has m01, .*, m10 and 19 more$"):
+        table.resolve("elsewhere")
+    with pytest.raises(ModelNotFound, match="this server has none"):
+        ModelTable().resolve("elsewhere")

@@ -193,8 +193,8 @@ async def test_a_full_inbox_neither_opens_nor_resets() -> None:
         assert await call.run() == [
             ("a", ""),
             ("b", ""),
-            ("c", "as many chunks wait as may"),
-            ("d", "as many chunks wait as may"),
+            ("c", "the inbox is full: 1 chunks are pending (limits.inbox_chunks_max is 1)"),
+            ("d", "the inbox is full: 1 chunks are pending (limits.inbox_chunks_max is 1)"),
         ]
         assert call.rig.view(SESSION).applied_step == 2
         assert len(call.rig.scheduler.sessions) == 1

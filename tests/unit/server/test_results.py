@@ -138,9 +138,9 @@ async def test_a_call_is_counted_until_its_task_ends() -> None:
     under_way = asyncio.create_task(call(CALL_FREE_BYTES + MINE, CALL_FREE_BYTES + MINE + 99))
     await asyncio.sleep(0)
     assert budget.size_bytes == MINE
-    with pytest.raises(CallsLimit, match="principal_results_bytes_max is 10000"):
+    with pytest.raises(CallsLimit, match="principal_results_bytes_max"):
         await asyncio.create_task(call(CALL_FREE_BYTES + 1, 0))
-    with pytest.raises(CallsLimit, match="results_total_bytes_max is 15000"):
+    with pytest.raises(CallsLimit, match="results_total_bytes_max"):
         budget.count_for_call("bob", CALL_FREE_BYTES + ALL - MINE + 1)
     budget.count_for_call("ann", CALL_FREE_BYTES)  # which is free
     goes_on.set()

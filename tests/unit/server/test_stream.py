@@ -239,7 +239,7 @@ async def test_a_chunk_that_asks_for_too_much_is_refused() -> None:
         assert [chunk.length for chunk in call.driver.chunks] == [fits]
         (failure,) = call.context.said("failure")
         assert failure.first_step == 1 + fits
-        assert "bytes of results" in failure.status.message
+        assert "would return 1,032 bytes" in failure.status.message
         await call.steps((handle, 1 + fits, fits + 1), output=2)
         assert len(call.driver.chunks) == 2
 

@@ -310,8 +310,8 @@ def test_a_page_looks_at_its_own_sessions_only() -> None:
 
 def test_a_refusal_tells_nothing_of_the_others() -> None:
     table = make_table(sessions_max=7)
-    for number in range(7):
+    for number in range(5):
         table.add(make_session(str(number), principal="bob"))
     with pytest.raises(SessionsLimit) as caught:
         table.check_room("ann", 3)
-    assert "7" not in caught.value.message
+    assert "5" not in caught.value.message

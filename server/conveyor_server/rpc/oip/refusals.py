@@ -32,11 +32,13 @@ def shown(name: str) -> str:
     return name[:CHARACTERS_SHOWN_MAX]
 
 
-def unknown_model(name: str, version: int | None = None) -> Refusal:
-    """No such model, or no such version of it, takes requests."""
+def unknown_model(name: str, version: int | None = None, hint: str = "") -> Refusal:
+    """No such model, or no such version of it, takes requests; `hint`: what there is instead."""
     of_version = f" version {version}" if version is not None else ""
+    instead = f"; {hint}" if hint else ""
     return Refusal(
-        "model_name", f"Request for unknown model: '{shown(name)}'{of_version} is not found"
+        "model_name",
+        f"Request for unknown model: '{shown(name)}'{of_version} is not found{instead}",
     )
 
 
@@ -59,7 +61,9 @@ def not_started(model: str, sequence: int | str) -> Refusal:
 
 def no_shared_memory(tensor: str) -> NotSupported:
     """A tensor was to be read from, or written to, shared memory."""
-    return NotSupported(f"tensor '{tensor}': this server takes and gives no shared memory")
+    return NotSupported(
+        f"tensor '{tensor}': this server does not support shared memory; send tensors in messages"
+    )
 
 
 def translated(error: ConveyorError, model: str, sequence: int | str) -> ConveyorError:
@@ -67,5 +71,5 @@ def translated(error: ConveyorError, model: str, sequence: int | str) -> Conveyo
     if isinstance(error, SessionNotFound | SessionEnded):
         return not_started(model, sequence)
     if isinstance(error, ModelNotFound):
-        return unknown_model(model)
+        return unknown_model(model, hint=error.hint)
     return error

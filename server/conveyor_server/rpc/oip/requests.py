@@ -67,7 +67,8 @@ def version_of(text: str) -> int:
     """
     if not _VERSION.fullmatch(text):
         raise Refusal(
-            "model_version", "failed to get model version from the version string: not decimal"
+            "model_version",
+            f"failed to get model version from the version string '{text[:20]}': expected a number",
         )
     return int(text)
 
@@ -100,7 +101,8 @@ def _sequence(model: str, value: inference_pb2.InferParameter) -> tuple[str, int
             if len(sequence) > SEQUENCE_ID_CHARACTERS_MAX:
                 raise Refusal(
                     "sequence_id",
-                    f"a sequence_id has more than {SEQUENCE_ID_CHARACTERS_MAX} characters",
+                    f"parameter 'sequence_id' has more than {SEQUENCE_ID_CHARACTERS_MAX}"
+                    " characters",
                 )
         case "uint64_param":
             sequence = value.uint64_param

@@ -303,10 +303,10 @@ def resolve(driver: Driver, name: str, version: int | None) -> ModelInfo:
     try:
         check_model_name(name)
         if version == 0:
-            raise ModelNotFound("versions are numbered from 1")
+            raise ModelNotFound(f"no version 0 of {name!r}", hint="versions are numbered from 1")
         return driver.model(name, version or 0)
     except ModelNotFound as error:
-        raise refusals.unknown_model(name, version) from error
+        raise refusals.unknown_model(name, version, error.hint) from error
 
 
 class _Opening:

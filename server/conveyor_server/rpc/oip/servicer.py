@@ -8,7 +8,7 @@ from conveyor_server.core import ModelInfo
 from conveyor_server.errors import ConveyorError, NotSupported
 from conveyor_server.rpc.access import principal
 from conveyor_server.rpc.oip import describe
-from conveyor_server.rpc.oip.refusals import Refusal
+from conveyor_server.rpc.oip.refusals import Refusal, shown
 from conveyor_server.rpc.oip.requests import read, version_of
 from conveyor_server.rpc.oip.responses import response
 from conveyor_server.rpc.oip.sequences import Sequences, resolve
@@ -96,7 +96,11 @@ class InferenceServicer(UnsupportedCalls):
     ) -> inference_pb2.RepositoryIndexResponse:
         """See the contract."""
         if request.repository_name:
-            raise NotSupported("this server has one repository, which has no name")
+            raise NotSupported(
+                f"there is no repository {shown(request.repository_name)!r}: this server has one,"
+                " without"
+                " a name; leave repository_name empty"
+            )
         return describe.repository_index(await self._served())
 
     # --- inference -------------------------------------------------------------------------------

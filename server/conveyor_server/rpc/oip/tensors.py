@@ -111,7 +111,9 @@ def check_outputs(message: inference_pb2.ModelInferRequest, model: ModelInfo) ->
             if "shared_memory_region" in output.parameters:
                 raise no_shared_memory(OUTPUT)
             if "classification" in output.parameters:
-                raise NotSupported(f"output '{OUTPUT}': this server gives values, not classes")
+                raise NotSupported(
+                    f"output '{OUTPUT}': this server does not support classification; leave it out"
+                )
 
 
 def _positions(
@@ -133,7 +135,7 @@ def _positions(
             raise no_shared_memory(tensor.name)
         positions[tensor.name] = position
     if INPUT not in positions:
-        raise Refusal("inputs", f"model '{model.key.name}' needs input '{INPUT}'")
+        raise Refusal("inputs", f"input '{INPUT}' of model '{model.key.name}' is missing")
     return positions[INPUT], positions.get(MEMORY)
 
 
@@ -207,7 +209,10 @@ def _typed_values(tensor: Tensor, model: ModelInfo) -> npt.NDArray[Any]:
     try:
         return np.array(list(values), dtype=_RAW[tensor.datatype])
     except OverflowError as error:  # int_contents hold more than an INT8 does
-        raise Refusal("contents", f"an element is outside {tensor.datatype}") from error
+        raise Refusal(
+            "contents",
+            f"input '{tensor.name}' holds a value that does not fit its datatype {tensor.datatype}",
+        ) from error
 
 
 def _raw_values(tensor: Tensor, payload: bytes, model: ModelInfo) -> npt.NDArray[Any]:
@@ -218,7 +223,10 @@ def _raw_values(tensor: Tensor, payload: bytes, model: ModelInfo) -> npt.NDArray
     if dtype is None:
         raise _wrong_type(tensor, model)
     if len(payload) % dtype.itemsize:
-        raise InvalidShape(f"input '{tensor.name}': {len(payload)} bytes are not whole elements")
+        raise InvalidShape(
+            f"input '{tensor.name}' has {len(payload):,} bytes, not a multiple of the size of"
+            f" {tensor.datatype}"
+        )
     values = np.frombuffer(payload, dtype=dtype)
     return (values.astype("<u4") << 16).view(_FLOAT32) if halved else values
 
@@ -238,8 +246,11 @@ def _converted(values: npt.NDArray[Any], model: ModelInfo, length: int) -> bytes
             f" '{model.key.name}' expects 'INT32'",
         )
     if length and not 0 <= int(values.min()) <= int(values.max()) < model.vocabulary_size:
+        outside = (values < 0) | (values >= model.vocabulary_size)
+        index = int(np.argmax(outside))
         raise TokenOutOfRange(
-            f"a token is outside 0 .. {model.vocabulary_size - 1}",
+            f"{INPUT}[{index}] is token {values[index]}; expected 0 to"
+            f" {model.vocabulary_size - 1:,}",
             vocabulary_size=model.vocabulary_size,
         )
     return values.astype("<i4").tobytes()
@@ -257,10 +268,10 @@ def _elements(payload: bytes) -> list[bytes]:
     while offset < len(payload):
         begin = offset + _LENGTH.size
         if begin > len(payload):
-            raise InvalidShape(f"input '{INPUT}': the last element's length is cut off")
+            raise InvalidShape(f"input '{INPUT}': the bytes end within the length of an element")
         offset = begin + _LENGTH.unpack_from(payload, offset)[0]
         if offset > len(payload):
-            raise InvalidShape(f"input '{INPUT}': the last element is cut off")
+            raise InvalidShape(f"input '{INPUT}': the bytes end within an element")
         elements.append(payload[begin:offset])
     return elements
 
@@ -276,7 +287,7 @@ def _labelled(elements: list[bytes], model: ModelInfo) -> npt.NDArray[Any]:
         return np.array([tokens[element] for element in elements], dtype="<i4")
     except KeyError as error:
         raise TokenOutOfRange(
-            f"an element is no label of model '{model.key.name}'",
+            f"an element of input '{INPUT}' is not a label of model '{model.key.name}'",
             vocabulary_size=model.vocabulary_size,
         ) from error
 

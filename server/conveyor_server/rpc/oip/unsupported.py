@@ -6,9 +6,9 @@ from conveyor.oip import inference_pb2, inference_pb2_grpc
 from conveyor_server.errors import NotSupported
 from conveyor_server.rpc.service import Context
 
-NO_SHARED_MEMORY: Final = "this server takes and gives no shared memory; send tensors in messages"
-NO_SETTINGS: Final = "this server's settings are not changed by calls; see its configuration"
-NO_LOADING: Final = "this server follows its model folder: put a bundle there, or take it away"
+NO_SHARED_MEMORY: Final = "this server does not support shared memory; send tensors in messages"
+NO_SETTINGS: Final = "this server's settings cannot be changed by calls; change its configuration"
+NO_LOADING: Final = "this server loads what is in models.folder: add a bundle there, or remove it"
 
 
 class UnsupportedCalls(inference_pb2_grpc.GRPCInferenceServiceServicer):

@@ -1,0 +1,54 @@
+"""The TLS files of the server: whether they can be used, and if not, which one and why."""
+
+import ssl
+from pathlib import Path
+from typing import Final
+
+from conveyor_server.errors import os_error_text
+
+CERTIFICATE: Final = "listen.tls_certificate_file"
+KEY: Final = "listen.tls_key_file"
+
+
+class TlsFilesError(Exception):
+    """The files cannot be used; the message names the setting."""
+
+
+def read_pair(certificate: Path, key: Path) -> tuple[bytes, bytes]:
+    """Reads a certificate chain and its private key, and checks that they belong together.
+
+    Raises:
+        TlsFilesError: One cannot be read, is not PEM, or they do not belong together.
+    """
+    chain, private = _read(CERTIFICATE, certificate), _read(KEY, key)
+    if b"-----BEGIN CERTIFICATE-----" not in chain:
+        raise TlsFilesError(f"{CERTIFICATE}: {certificate} holds no certificate in PEM")
+    if b"PRIVATE KEY-----" not in private:
+        raise TlsFilesError(f"{KEY}: {key} holds no private key in PEM")
+    try:
+        # Where it is encrypted, the passphrase would be asked for on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=_refuse)
+    except _EncryptedError as error:
+        raise TlsFilesError(f"{KEY}: {key} is encrypted; decrypt it for the server") from error
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            message = f"{KEY}: {key} is not the key of the certificate in {certificate}"
+        else:
+            message = f"{CERTIFICATE} and {KEY}: {certificate} or {key} is damaged"
+        raise TlsFilesError(message) from error
+    return chain, private
+
+
+class _EncryptedError(Exception):
+    """The key needs a passphrase."""
+
+
+def _refuse() -> str:
+    raise _EncryptedError
+
+
+def _read(setting: str, file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise TlsFilesError(f"{setting}: {os_error_text(error, file)}") from error
