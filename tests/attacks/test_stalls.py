@@ -11,13 +11,14 @@ from typing import Any, Final
 
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2
 
 from conveyor.v1 import session_pb2
 from conveyor_server.store.checkpoint import Checkpoint, Header, encode
 from tests.integration.bundles import TINY, add_model
 from tests.integration.conftest import StartServer
 from tests.integration.process import ServerProcess
-from tests.integration.wire import Refusal, Wire, refused
+from tests.integration.wire import Entry, Refusal, Stream, Wire, refused
 
 X: Final = np.zeros((1, 3), np.float32)
 AT_ONCE: Final = 4
@@ -120,3 +121,33 @@ async def test_calls_with_a_wrong_shape(server: ServerProcess) -> None:
             assert said == Refusal("INVALID_ARGUMENT", "INVALID_SHAPE")
 
         await check(server, wrong, lambda: other.get(session_id))
+
+
+async def test_opens_beside_streams_that_step(server: ServerProcess) -> None:
+    """An open waits for the batch that runs, if one does: little more than what needs no tick."""
+    async with Wire(server.address) as stepping, Wire(server.address) as other:
+        streams = [Stream(stepping) for _ in range(40)]
+        handles = [(await stream.open("tiny")).handle for stream in streams]
+        over = False
+
+        async def step_on(stream: Stream, handle: int) -> None:
+            sent = done = 0
+            while not over:
+                while sent < done + 16:
+                    sent += 1
+                    await stream.send_steps(Entry(handle, sent, X))
+                done += len((await stream.next("results")).entries)
+            stream.cancel()
+
+        tasks = [asyncio.create_task(step_on(*each)) for each in zip(streams, handles, strict=True)]
+        checks, opens = list[float](), list[float]()
+        for _ in range(20):
+            begun = time.perf_counter()
+            await other.health.Check(health_pb2.HealthCheckRequest())
+            checked = time.perf_counter()
+            await other.open("tiny")
+            checks.append(checked - begun)
+            opens.append(time.perf_counter() - checked)
+        over = True
+        await asyncio.gather(*tasks)
+    assert statistics.median(opens) < TIMES_MAX * statistics.median(checks) + SLACK_SECONDS

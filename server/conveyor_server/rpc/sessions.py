@@ -92,10 +92,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     ) -> session_pb2.GetSessionResponse:
         """See the contract."""
         check_session_id(request.session_id)
-        caller = principal()
-        view = await self._driver.call(
-            lambda operations: operations.get(caller, request.session_id)
-        )
+        view = self._driver.peek(principal(), request.session_id)
         return session_pb2.GetSessionResponse(session=session_message(view))
 
     async def ListSessions(

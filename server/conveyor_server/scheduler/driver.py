@@ -97,6 +97,8 @@ class Driver:
     async def call(self, operation: Callable[[Operations], T]) -> T:
         """Runs an operation between two ticks and returns its result, or raises what it raised.
 
+        It waits for the batch that runs on the worker thread, if one does, and else for nothing.
+
         Anything but a `ConveyorError` is a mistake of ours: it is logged, and raised as `Internal`.
         """
         future: asyncio.Future[T] = self._loop.create_future()
@@ -112,6 +114,7 @@ class Driver:
                 _settle(future, result=result)
 
         self._scheduler.inbox.put_operation(run)
+        self._take_in()
         return await future
 
     async def aside(self, function: Callable[[A], T], argument: A) -> T:
@@ -133,6 +136,7 @@ class Driver:
                 gate.set_exception(mistake(error))
 
         self._scheduler.inbox.put_operation(run)
+        self._take_in()
         return await future
 
     def post(self, operation: Callable[[Operations], None]) -> None:
@@ -145,6 +149,13 @@ class Driver:
                 mistake(error)
 
         self._scheduler.inbox.put_operation(run)
+
+    def _take_in(self) -> None:
+        """Carries out what is in the inbox now, if no batch is running."""
+        if self._running or self._stopped:
+            return
+        with self._stopping_if_broken():
+            self._scheduler.take_in()
 
     def wake(self) -> None:
         """Something arrived."""

@@ -116,13 +116,20 @@ class Scheduler:
 
         Returns None if there is nothing to run.
         """
-        self._now = self.clock.monotonic()
-        self._drain_inbox()
+        self.take_in()
         self._expire_leases()
         self._bound_store()
         for key in self.predictions.begin(self._now):
             self._ready.add_turn(key)
         return self._select()
+
+    def take_in(self) -> None:
+        """Queues the chunks that arrived with their sessions, and carries operations out.
+
+        Between two engine calls, like everything that touches sessions.
+        """
+        self._now = self.clock.monotonic()
+        self._drain_inbox()
 
     def execute(self, turn: Turn) -> Outcome:
         """The engine call; touches no session, so it may run on any thread."""

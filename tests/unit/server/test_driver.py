@@ -132,6 +132,26 @@ async def test_no_memory_fails_an_operation_and_nothing_else(server: Server) -> 
     assert not server.broken.is_set()
 
 
+async def test_operations_wait_for_no_more_than_the_batch_that_runs(server: Server) -> None:
+    """However much is queued, and however many chunks still arrive."""
+    await server.driver.call(lambda _: server.rig.open())
+    server.gate.clear()
+    if server.driver._inline_multiply_adds_max == INLINE:
+        server.gate.set()
+    steps = [server.send(1 + 2 * number, 1, 2)[1] for number in range(50)]
+    ran = len(server.rig.engine.runs)
+    if server.driver._inline_multiply_adds_max == WORKER:
+        await until(lambda: server.driver._running)
+    opening = asyncio.ensure_future(server.driver.call(lambda _: server.rig.open("new")))
+    await asyncio.sleep(0)
+    server.gate.set()
+    async with asyncio.timeout(WAIT_SECONDS):
+        await opening
+    assert len(server.rig.engine.runs) - ran <= 2
+    async with asyncio.timeout(WAIT_SECONDS):
+        await asyncio.gather(*steps)
+
+
 async def test_a_caller_that_gave_up_is_not_answered(server: Server) -> None:
     task = asyncio.ensure_future(server.driver.call(lambda _: server.rig.open()))
     await asyncio.sleep(0)
