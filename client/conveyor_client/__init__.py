@@ -6,6 +6,10 @@ async with aio.Client("localhost:50051") as client, client.session("letters") as
     output = await session.step(token)
 """
 
+# Before any module that imports grpc.
+from conveyor_client import _core as _core
+
+# isort: split
 from conveyor_client import aio
 from conveyor_client._blocking import Client, Generation, Session
 from conveyor_client._calls import Tls

@@ -42,7 +42,6 @@ class Attachment:
         self.error: ConveyorError | None = None
         self._hub = hub
         self._own_stream = own_stream
-        self._loop = asyncio.get_running_loop()
         self._lane: Lane | None = None
         self._handle = 0  # 0 while there is no connection that knows it
         self._ledger: Ledger | None = None
@@ -63,6 +62,7 @@ class Attachment:
         Raises:
             ConveyorError: What the server refused.
         """
+        self._hub.home.enter()
         try:
             requested = await requested_model(self._hub, self.request)
             check_size(self.request, requested)
@@ -142,6 +142,11 @@ class Attachment:
             raise NotOpen(NOT_OPENED)
         return self.opened
 
+    @property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        """The client's event loop, in which all of this runs."""
+        return asyncio.get_running_loop()
+
     # --- stepping --------------------------------------------------------------------------------
 
     def submit(
@@ -161,6 +166,7 @@ class Attachment:
         Raises:
             ConveyorError: The session is not open, or not any more.
         """
+        self._hub.home.enter()
         future: asyncio.Future[Chunk] = self._loop.create_future()
         chunk = Chunk(rows, length, output, trace, future, timeout_seconds)
         self.require().ledger.pending.append(chunk)
@@ -214,6 +220,7 @@ class Attachment:
             DeadlineExceeded: Steps were still in flight.
             ConveyorError: The session is not open, or not any more.
         """
+        self._hub.home.enter()
         ledger = self.require().ledger
         async with self._exclusive:
             ledger.paused = True
@@ -260,6 +267,7 @@ class Attachment:
             DeadlineExceeded: The server did not answer.
             ConveyorError: The server refused.
         """
+        self._hub.home.enter()
         if not self._handle or self._lane is None:
             return False
         if self._ledger is not None:

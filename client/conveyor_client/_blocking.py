@@ -60,7 +60,8 @@ class Generation(Twin, Iterator[int | FloatArray]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        if not self._portal.forked:
+            self.close()
 
     def close(self) -> None:
         """Ends the call if it still runs."""
@@ -109,7 +110,8 @@ class Session(Twin):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._portal.call(self._inner.__aexit__(kind, error, traceback))
+        if not self._portal.forked:  # the session is the parent's
+            self._portal.call(self._inner.__aexit__(kind, error, traceback))
 
     def stream(
         self,
@@ -304,8 +306,11 @@ class Client(Twin):
         self.close()
 
     def close(self) -> None:
-        """Closes every stream and the channel; sessions still open live on within their lease."""
-        if self._closed:
+        """Closes every stream and the channel; sessions still open live on within their lease.
+
+        In a forked child nothing happens: the connection is the parent's.
+        """
+        if self._closed or self._portal.forked:
             return
         self._closed = True
         try:

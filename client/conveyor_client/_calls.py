@@ -13,6 +13,7 @@ from google.protobuf.wrappers_pb2 import Int64Value, StringValue
 
 from conveyor.v1 import model_pb2_grpc, session_pb2_grpc
 from conveyor_client._errors import NotFound, NotOpen, Unavailable
+from conveyor_client._home import Home
 from conveyor_client._lane import StepsCall
 from conveyor_client._policy import Options
 from conveyor_client._status import error_from_call
@@ -22,6 +23,7 @@ _R = TypeVar("_R", bound=Message)
 Metadata = Sequence[tuple[str, str]]
 
 _SERVING = 1
+_CALLS_END_SECONDS_MAX = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +43,34 @@ class Tls:
     server_name: str | None = None
 
 
+class _Link:
+    """An open channel and its stubs."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
+        self.sessions = session_pb2_grpc.SessionServiceStub(channel)
+        self.models = model_pb2_grpc.ModelServiceStub(channel)
+        # grpc.health.v1 has one string in the request and one enum in the response, both field 1,
+        # so the wrapper types are the same bytes and the client needs no package for it.
+        self.health = channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=StringValue.SerializeToString,
+            response_deserializer=Int64Value.FromString,
+        )
+
+
 class Calls:
-    """One channel, its stubs, and one way to call through them."""
+    """One channel, its stubs, and one way to call through them.
+
+    The channel is made at the first call, in the event loop that runs then. Once it is closed
+    nothing of it is left, so that gRPC ends its threads with the last one.
+    """
 
     def __init__(
         self,
         target: str,
         options: Options,
+        home: Home,
         *,
         token: str | None = None,
         tls: Tls | None = None,
@@ -58,20 +81,41 @@ class Calls:
         self._metadata = tuple(metadata)
         if token is not None:
             self._metadata += (("authorization", f"Bearer {token}"),)
-        self._channel = _make_channel(target, options, tls)
-        self.sessions = session_pb2_grpc.SessionServiceStub(self._channel)
-        self.models = model_pb2_grpc.ModelServiceStub(self._channel)
-        # grpc.health.v1 has one string in the request and one enum in the response, both field 1,
-        # so the wrapper types are the same bytes and the client needs no package for it.
-        self._health = self._channel.unary_unary(
-            "/grpc.health.v1.Health/Check",
-            request_serializer=StringValue.SerializeToString,
-            response_deserializer=Int64Value.FromString,
-        )
+        self._tls = tls
+        self._link: _Link | None = None
+        self._closed = False
+        self.home = home
+
+    @property
+    def sessions(self) -> "session_pb2_grpc.SessionServiceAsyncStub":
+        """The stub of SessionService; raises `NotOpen` where there can be none."""
+        return self._connected().sessions
+
+    @property
+    def models(self) -> "model_pb2_grpc.ModelServiceAsyncStub":
+        """The stub of ModelService; raises `NotOpen` where there can be none."""
+        return self._connected().models
+
+    def _connected(self) -> _Link:
+        self.home.enter()
+        if self._closed:
+            raise NotOpen("the client is closed")
+        if self._link is None:
+            self._link = _Link(_make_channel(self.target, self._options, self._tls))
+            self.home.note_open()
+        return self._link
 
     async def aclose(self) -> None:
         """Closes the channel; calls that still run are cancelled."""
-        await self._channel.close()
+        self._closed = True
+        if self.home.forked:
+            return  # without a touch: not even letting go is safe
+        link, self._link = self._link, None
+        if link is not None:
+            if not self.home.lost:  # else its calls ended with their event loop
+                await link.channel.close()
+                await _calls_ended()
+            self.home.note_closed()
 
     def steps(self, key: str) -> StepsCall:
         """Starts StreamSteps.
@@ -125,7 +169,8 @@ class Calls:
             seconds = give_up_at - time.monotonic() - wait_seconds
             may_repeat = repeatable and isinstance(translated, Unavailable)
             if not may_repeat or attempt >= self._options.call_attempts_max or seconds <= 0:
-                raise translated from cause
+                del method  # whoever keeps the error keeps this frame, but not the channel
+                raise translated from cause.with_traceback(None)
             attempt += 1
             await asyncio.sleep(wait_seconds)
 
@@ -159,8 +204,10 @@ class Calls:
                     yield response
             finally:
                 call.cancel()
+                del call
         except grpc.aio.AioRpcError as error:
-            raise error_from_call(error, self.target, seconds) from error
+            del method  # as for `unary`
+            raise error_from_call(error, self.target, seconds) from error.with_traceback(None)
         except grpc.aio.UsageError as error:
             raise NotOpen("the client is closed") from error
 
@@ -168,7 +215,9 @@ class Calls:
         """Asks grpc.health.v1 about a service; an unknown one is not healthy."""
         try:
             answer = await self.unary(
-                self._health, StringValue(value=service), timeout_seconds=timeout_seconds
+                self._connected().health,
+                StringValue(value=service),
+                timeout_seconds=timeout_seconds,
             )
         except NotFound:
             return False
@@ -179,6 +228,19 @@ class Calls:
 
     def _metadata_for(self, key: str) -> Metadata:
         return (*self._metadata, ("conveyor-key", key)) if key else self._metadata
+
+
+async def _calls_ended() -> None:
+    """Waits, not for long, until gRPC has noticed that calls are cancelled.
+
+    Its tasks for that hold the channel, and a loop that stops before they end keeps them for ever.
+    """
+    give_up_at = time.monotonic() + _CALLS_END_SECONDS_MAX
+    while time.monotonic() < give_up_at:
+        coroutines = (task.get_coro() for task in asyncio.all_tasks())
+        if not any("_AioCall" in getattr(each, "__qualname__", "") for each in coroutines):
+            return
+        await asyncio.sleep(0.001)
 
 
 def _make_channel(target: str, options: Options, tls: Tls | None) -> grpc.aio.Channel:

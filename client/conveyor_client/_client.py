@@ -13,6 +13,7 @@ from conveyor_client._by_id import ById
 from conveyor_client._calls import Calls, Metadata, Tls
 from conveyor_client._errors import ConveyorError, LimitExceeded, NotOpen, Unavailable
 from conveyor_client._generation import Generation
+from conveyor_client._home import Home
 from conveyor_client._lane import Lane
 from conveyor_client._nouns import (
     DURABILITIES,
@@ -37,8 +38,9 @@ _HEALTH_POLL_SECONDS = 0.05
 class Client(ById):
     """A connection to a Conveyor server, or to a proxy before several.
 
-    Open it with ``async with`` or close it with `aclose`. All of it belongs to the event loop it
-    was made in.
+    Open it with ``async with`` or close it with `aclose`. It connects at its first call and belongs
+    to the event loop that runs then, so it may be made before any does. Whoever forks closes it
+    before: neither it nor another client can be used in the child of a process with an open one.
 
     Args:
         target: Where the server is, as gRPC names it: "host:port", "unix:path", "dns:///name:port".
@@ -46,6 +48,9 @@ class Client(ById):
         tls: How to speak TLS; None speaks plain HTTP/2.
         metadata: Sent with every call.
         options: Times and bounds.
+
+    Raises:
+        NotOpen: This process was forked while a client was open.
     """
 
     def __init__(
@@ -58,7 +63,8 @@ class Client(ById):
         options: Options | None = None,
     ) -> None:
         self.options = options or Options()
-        super().__init__(Calls(target, self.options, token=token, tls=tls, metadata=metadata))
+        home = Home(self)
+        super().__init__(Calls(target, self.options, home, token=token, tls=tls, metadata=metadata))
         self._key = uuid4().hex
         self._lanes: list[Lane] = []
         self._lanes_made = 0
@@ -76,10 +82,18 @@ class Client(ById):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Closes every stream and the channel; sessions still open live on within their lease."""
+        """Closes every stream and the channel; sessions still open live on within their lease.
+
+        In a forked child nothing happens: the connection is the parent's.
+
+        Raises:
+            NotOpen: It belongs to another event loop, which is not closed.
+        """
+        if not self.home.forked and not self.home.lost:
+            self.home.enter()
+            lanes, self._lanes = self._lanes, []
+            await asyncio.gather(*(lane.aclose() for lane in lanes))
         self._closed = True
-        lanes, self._lanes = self._lanes, []
-        await asyncio.gather(*(lane.aclose() for lane in lanes))
         await self.calls.aclose()
 
     # --- sessions on a stream --------------------------------------------------------------------
@@ -362,6 +376,11 @@ class Client(ById):
             return False
 
     # --- for sessions ----------------------------------------------------------------------------
+
+    @property
+    def home(self) -> Home:
+        """Where the client may be used."""
+        return self.calls.home
 
     def lane_for(self, model: ModelInfo | None, *, own_key: str = "") -> Lane:
         """Finds a stream with room for one session more, or makes one."""

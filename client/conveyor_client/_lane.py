@@ -73,14 +73,14 @@ class Lane:
         self._attention = asyncio.Event()
         self._beat_seconds = options.heartbeat_seconds
         self._closing = False
-        self._runner = self._loop.create_task(self._run())
+        self._runner: asyncio.Task[None] | None = self._loop.create_task(self._run())
 
     # --- for sessions ----------------------------------------------------------------------------
 
     @property
     def closed(self) -> bool:
         """Whether it takes no session any more."""
-        return self._closing or self._runner.done()
+        return self._closing or self._runner is None or self._runner.done()
 
     @property
     def has_room(self) -> bool:
@@ -129,8 +129,11 @@ class Lane:
         """Ends the stream; sessions that are still on it are told."""
         self._closing = True
         self._wake.set()
-        self._runner.cancel()
-        await asyncio.wait({self._runner})
+        # Not kept: a cancelled task keeps its frames, these the call, and that gRPC's threads.
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.cancel()
+            await asyncio.wait({runner})
         self._lose_all(NotOpen("the client was closed while the session was open"))
 
     # --- connections -----------------------------------------------------------------------------
@@ -239,7 +242,7 @@ class Lane:
         outgoing = self._outgoing
         try:
             while True:
-                if not outgoing:
+                while not outgoing:
                     self._wake.clear()
                     await self._wake.wait()
                 head = outgoing[0]

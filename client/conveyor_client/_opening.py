@@ -4,6 +4,7 @@ from typing import Protocol
 
 from conveyor.v1 import session_pb2
 from conveyor_client._errors import MessageTooLarge, ModelNotFound
+from conveyor_client._home import Home
 from conveyor_client._lane import Lane
 from conveyor_client._nouns import ModelInfo
 from conveyor_client._policy import Options
@@ -15,6 +16,11 @@ class Hub(Protocol):
     """What an attachment needs of the client."""
 
     options: Options
+
+    @property
+    def home(self) -> Home:
+        """Where the client may be used."""
+        ...
 
     async def cached_model(self, name: str, version: int, *, digest: str = "") -> ModelInfo:
         """Describes a model."""

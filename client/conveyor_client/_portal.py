@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 from conveyor_client._errors import NotOpen
+from conveyor_client._home import Home
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -19,10 +20,16 @@ class Portal:
     """An event loop in a thread of its own."""
 
     def __init__(self) -> None:
+        self._home = Home(self)
         self._loop = asyncio.new_event_loop()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="conveyor-client", daemon=True)
         self._thread.start()
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child of the process whose thread it is."""
+        return self._home.forked
 
     def submit(self, coroutine: Coroutine[Any, Any, _R]) -> "Future[_R]":
         """Starts a coroutine on the loop.
@@ -34,12 +41,16 @@ class Portal:
             Its result to be; cancelling it cancels the coroutine.
 
         Raises:
-            NotOpen: The portal is closed.
+            NotOpen: The portal is closed, or its thread is in the parent of this process.
         """
         assert threading.current_thread() is not self._thread, "this would wait for itself"
-        if self._closed:
+        try:
+            self._home.require_process()
+            if self._closed:
+                raise NotOpen("the client is closed")
+        except NotOpen:
             coroutine.close()
-            raise NotOpen("the client is closed")
+            raise
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def call(self, coroutine: Coroutine[Any, Any, _R]) -> _R:
@@ -59,6 +70,7 @@ class Portal:
             return future.result()
         finally:
             future.cancel()  # of no effect unless waiting was interrupted
+            del future  # it has the error, the error this frame
 
     def run(self, action: Callable[[], _R]) -> _R:
         """Runs a plain function on the loop and waits for it.
@@ -76,8 +88,8 @@ class Portal:
         return self.call(act())
 
     def close(self) -> None:
-        """Stops the loop and its thread; does nothing the second time."""
-        if self._closed:
+        """Stops the loop and its thread; does nothing the second time, or in a forked child."""
+        if self._closed or self.forked:
             return
         self._closed = True
         self._loop.call_soon_threadsafe(self._loop.stop)

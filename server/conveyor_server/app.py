@@ -15,9 +15,6 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
-from wsgiref.simple_server import WSGIServer
-
-from prometheus_client import start_http_server
 
 from conveyor.install import install_command
 from conveyor_server.admission.admission import Admission
@@ -30,6 +27,7 @@ from conveyor_server.engine.engine import TorchEngine
 from conveyor_server.errors import os_error_text
 from conveyor_server.hangup import HangUp
 from conveyor_server.metrics import Labels, Metrics
+from conveyor_server.monitoring import Monitoring
 from conveyor_server.reload import Reloader
 from conveyor_server.rpc.results import ResultsBudget
 from conveyor_server.rpc.server import AddressError, GrpcServer
@@ -128,7 +126,7 @@ class App:
 
         Raises:
             StartError: There is no model to serve, or the ready file cannot be written.
-            AddressError: An address cannot be listened on.
+            AddressError: An address cannot be listened on, or the TLS files not used.
             ServerBroken: It stopped by a mistake of its own.
         """
         sys.setswitchinterval(GIL_SWITCH_SECONDS)
@@ -147,6 +145,17 @@ class App:
                 tracing=self._tracing,
             )
         )
+        monitoring = Monitoring(self._metrics.registry, lambda: server.unready)
+        try:
+            # First of all, so that it can be asked how the start goes on.
+            metrics_address = await self._serve_metrics(monitoring)
+            await self._serve(server, metrics_address)
+        finally:
+            await monitoring.stop()
+        if self._broken:
+            raise ServerBroken("the server stopped because of an internal error; see its log")
+
+    async def _serve(self, server: GrpcServer, metrics_address: str) -> None:
         self._driver.start(self._scheduler, self._operations, broken=self._break)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -162,7 +171,6 @@ class App:
                 " the log lines above and `conveyor-server check` say why"
             )
         reloader.start()
-        metrics_address, metrics_server = self._serve_metrics()
         _quiet_garbage_collector()
         address = await server.start(self._config.listen)
         self._announce(address, metrics_address)
@@ -172,10 +180,6 @@ class App:
         descriptors.stop()
         reloader.stop()
         await self._stop(server)
-        if metrics_server is not None:
-            metrics_server.shutdown()
-        if self._broken:
-            raise ServerBroken("the server stopped because of an internal error; see its log")
 
     def _break(self) -> None:
         """The driver ticks no more."""
@@ -213,22 +217,17 @@ class App:
 
     # --- metrics and addresses -------------------------------------------------------------------
 
-    def _serve_metrics(self) -> tuple[str, WSGIServer | None]:
+    async def _serve_metrics(self, monitoring: Monitoring) -> str:
         listen = self._config.listen.metrics_address
         if not listen:
-            return "", None
-        host, _, port = listen.rpartition(":")
+            return ""
         try:
-            # In an address IPv6 stands in brackets, which the socket does not know.
-            server, _ = start_http_server(
-                int(port), addr=host.strip("[]"), registry=self._metrics.registry
-            )
-        except (OSError, ValueError) as error:
-            why = os_error_text(error) if isinstance(error, OSError) else str(error)
+            return await monitoring.start(listen)
+        except OSError as error:
+            why = os_error_text(error)
             raise AddressError(
                 f"listen.metrics_address: cannot listen on {listen}: {why}"
             ) from error
-        return f"{host}:{server.server_port}", server
 
     def _clear_ready_file(self) -> None:
         """Nobody must take an earlier server's file for this one's.

@@ -73,6 +73,8 @@ class ListenConfig(_Section):
     """PEM chain; with the key below the gRPC port speaks TLS only."""
     tls_key_file: Path | None = None
     """PEM private key."""
+    tls_client_ca_file: Path | None = None
+    """PEM of authorities: with it a client has to show a certificate that one of them signed."""
 
     @field_validator("address", "metrics_address")
     @classmethod
@@ -356,6 +358,11 @@ class Config(BaseSettings):
             if self.listen.tls_certificate_file is None:
                 here, missing = missing, here
             raise ValueError(f"listen.{here} is set, but listen.{missing} is not; set both or none")
+        if self.listen.tls_client_ca_file and self.listen.tls_certificate_file is None:
+            raise ValueError(
+                "listen.tls_client_ca_file is set, but listen.tls_certificate_file is not;"
+                " set them together"
+            )
         return self
 
     @classmethod

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 import traceback
 from datetime import UTC, datetime
@@ -44,14 +43,6 @@ def _spelt(value: object) -> object:
     except ValueError:
         return str(value)
     return value
-
-
-def silence_grpc_core() -> None:
-    """Keeps lines of gRPC's core, which are not JSON, off standard error.
-
-    To be called before grpc is imported; who sets GRPC_VERBOSITY gets them nevertheless.
-    """
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def configure_logging(level: str) -> None:

@@ -161,3 +161,12 @@ async def test_health_is_open_to_all(server: ServerProcess) -> None:
     async with _wire(server) as wire:
         answer = await wire.health.Check(health_pb2.HealthCheckRequest())
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_who_lists_health_learns_the_models_and_needs_a_token(server: ServerProcess) -> None:
+    request = health_pb2.HealthListRequest()
+    async with _wire(server) as nobody, _as(server, ANNA) as anna:
+        said = await refused(nobody.health.List(request))
+        assert said == Refusal("UNAUTHENTICATED", "UNAUTHENTICATED")
+        listed = await anna.health.List(request, metadata=anna.metadata)
+        assert listed.statuses["tiny"].status == health_pb2.HealthCheckResponse.SERVING

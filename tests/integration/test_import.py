@@ -191,6 +191,45 @@ async def test_predict_runs_both_directions_and_a_session_is_refused(
             await client.session("both").open()
 
 
+async def test_a_classifier_on_both_last_states_is_in_the_last_row(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    """The importer adds a layer that keeps what the first row holds."""
+    rng = np.random.default_rng(4)
+    shapes = {"W": (2, 20, 3), "R": (2, 20, 5), "B": (2, 40), "K": (10, 2)}
+    constants = {name: rng.normal(0, 0.6, shape).astype("f4") for name, shape in shapes.items()}
+    nodes = [
+        helper.make_node(
+            "LSTM", ["x", "W", "R", "B"], ["y", "h"], hidden_size=5, direction="bidirectional"
+        ),
+        helper.make_node("Transpose", ["h"], ["t"], perm=[1, 0, 2]),
+        helper.make_node("Reshape", ["t", "flat"], ["both"]),
+        helper.make_node("MatMul", ["both", "K"], ["out"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["t", 1, 3])],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
+        [
+            numpy_helper.from_array(np.array([0, -1]), "flat"),
+            *(numpy_helper.from_array(each, key) for key, each in constants.items()),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    file = tmp_path / "ends.onnx"
+    onnx.save(model, file)
+    x = rng.normal(0, 1, (STEPS, 3)).astype(np.float32)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    expected = session.run(None, {"x": x[:, None]})[0][0]
+    done = import_file(Case(file, (), x, expected), "ends", tmp_path / "models")
+    assert done.returncode == 0, done.stderr
+    assert "keeps that of the first row for the last one" in done.stdout
+    server = start_server(models=tmp_path / "models")
+    async with aio.Client(server.address) as client:
+        assert error((await client.predict("ends", x))[-1], expected) < ERROR_MAX
+
+
 def test_the_command_says_what_it_understood(cases: dict[str, Case], tmp_path: Path) -> None:
     done = import_file(cases["tagger"], "tagger", tmp_path / "models")
     assert done.returncode == 0, done.stderr

@@ -50,6 +50,14 @@ async def test_health_can_be_watched(wire: Wire) -> None:
     call.cancel()
 
 
+async def test_health_can_be_listed(wire: Wire) -> None:
+    listed = (await wire.health.List(health_pb2.HealthListRequest())).statuses
+    assert {"", "conveyor.v1.SessionService", "tiny", "tiny/1", "words/1"} < set(listed)
+    for service, answer in listed.items():
+        checked = await wire.health.Check(health_pb2.HealthCheckRequest(service=service))
+        assert answer == checked
+
+
 async def test_reflection_is_off_unless_asked_for(wire: Wire, start_server: StartServer) -> None:
     assert (await refused(wire.reflection().read())).code == "UNIMPLEMENTED"
     server = start_server({"listen.reflection": "true"})

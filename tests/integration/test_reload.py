@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import socket
-import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +16,6 @@ from grpc import aio
 
 from conveyor.v1 import model_pb2, session_pb2
 from conveyor_models import Bundle, load_bundle
-from conveyor_server.app import App
 from conveyor_server.config import LimitsConfig, load_config
 from conveyor_server.core import ModelKey
 from conveyor_server.engine import loader
@@ -208,23 +205,6 @@ async def test_a_server_that_breaks_says_so_with_its_exit_status(
             server.kill()
     assert "a tick broke off" in server.log_text()
     assert "because of an internal error" in server.log_text()
-
-
-def test_the_metrics_are_served_over_ipv6_too() -> None:
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        pytest.skip("there is no IPv6 here")
-    flags = {"engine.device": "cpu", "listen.metrics_address": "[::1]:0"}
-    address, server = App(load_config(flags=flags))._serve_metrics()
-    assert server is not None
-    try:
-        assert address == f"[::1]:{server.server_port}"
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as page:
-            assert b"conveyor_sessions" in page.read()
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def test_a_ready_file_of_an_earlier_server_is_gone_before_this_one_serves(tmp_path: Path) -> None:

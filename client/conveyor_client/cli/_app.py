@@ -1,5 +1,9 @@
 """The command tree."""
 
+import faulthandler
+import os
+import sys
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Annotated
 
@@ -30,7 +34,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Talks to a Conveyor server. CONVEYOR_TARGET and CONVEYOR_TOKEN stand in for the options."""
+    """Talks to a Conveyor server. CONVEYOR_TARGET and the like stand in for the options."""
 
 
 app.command("generate")(_generate.generate)
@@ -44,4 +48,17 @@ app.command("bench")(_bench.bench)
 
 def main() -> None:
     """Runs the command line."""
+    with suppress(OSError, AttributeError):  # there is no standard error stream
+        _part_from_grpc()
     app()
+
+
+def _part_from_grpc() -> None:
+    """Keeps what gRPC writes to descriptor 2 by itself, of TLS above all, off the terminal."""
+    if "GRPC_VERBOSITY" in os.environ or faulthandler.is_enabled():
+        return  # somebody wants to see it
+    ours = os.dup(sys.stderr.fileno())
+    sys.stderr = os.fdopen(ours, "w", buffering=1, errors="backslashreplace")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)

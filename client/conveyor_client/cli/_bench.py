@@ -15,18 +15,12 @@ from conveyor_client._nouns import FloatArray, Int32Array, ModelInfo
 from conveyor_client._policy import Options
 from conveyor_client._session import Session
 from conveyor_client.cli._common import (
-    DEFAULT_TARGET,
-    DEFAULT_TIMEOUT_SECONDS,
     AsJson,
-    Connection,
-    Target,
-    Timeout,
-    Token,
     fail,
     print_json,
-    run,
     show,
 )
+from conveyor_client.cli._connection import Connection, connecting
 
 _OUTSTANDING_MAX = 1024
 _PERCENTILES = (50.0, 90.0, 99.0, 99.9)
@@ -99,7 +93,9 @@ class Record:
             self.lags.append(sent - begun)
 
 
+@connecting
 def bench(
+    connection: Connection,
     model: Annotated[str, typer.Argument(help="The model.")] = "temperature",
     *,
     connections: Annotated[int, typer.Option(min=1, help="TCP connections.")] = 1,
@@ -115,9 +111,6 @@ def bench(
         int, typer.Option(min=1, help="Of the memory, for a model with attention.")
     ] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of the made-up inputs.")] = 0,
-    target: Target = DEFAULT_TARGET,
-    token: Token = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
     as_json: AsJson = False,
 ) -> None:
     """Measures steps per second and latencies.
@@ -128,7 +121,7 @@ def bench(
     plan = Plan(model, memory_rows, connections, streams, sessions, chunk, duration, warmup, rate)
 
     async def act() -> None:
-        result = await measure(Connection(target, token, timeout), plan, seed)
+        result = await measure(connection, plan, seed)
         if as_json:
             print_json(result)
         else:
@@ -136,7 +129,7 @@ def bench(
         if not result.chunks:
             fail("no step was answered in that time; try a longer --duration")
 
-    run(act)
+    connection.run(act)
 
 
 async def measure(connection: Connection, plan: Plan, seed: int = 0) -> Figures:

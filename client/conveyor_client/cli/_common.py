@@ -16,51 +16,27 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from conveyor_client._client import Client
 from conveyor_client._errors import ConveyorError
-from conveyor_client._policy import Options
 
-Target = Annotated[
-    str, typer.Option("--target", envvar="CONVEYOR_TARGET", help="host:port of the server.")
-]
-Token = Annotated[
-    str | None, typer.Option("--token", envvar="CONVEYOR_TOKEN", help="Sent as bearer token.")
-]
-Timeout = Annotated[
-    float,
-    typer.Option("--timeout", envvar="CONVEYOR_TIMEOUT", min=0.001, help="Seconds for each call."),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-DEFAULT_TARGET = "127.0.0.1:50051"
-DEFAULT_TIMEOUT_SECONDS = 30.0
 _FILE_WIDTH_COLUMNS = 160
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Connection:
-    """How to reach the server."""
-
-    target: str
-    token: str | None
-    timeout_seconds: float
-
-    def client(self, options: Options | None = None) -> Client:
-        """Makes a client, inside a running loop."""
-        options = dataclasses.replace(options or Options(), timeout_seconds=self.timeout_seconds)
-        return Client(self.target, token=self.token, options=options)
-
-
-def run(act: Callable[[], Coroutine[Any, Any, None]]) -> None:
+def run(
+    act: Callable[[], Coroutine[Any, Any, None]],
+    explain: Callable[[ConveyorError], str] = lambda _: "",
+) -> None:
     """Runs a command's coroutine; what goes wrong is one line and an exit status.
 
     Args:
         act: Makes the coroutine.
+        explain: Says more of an error than its text, or nothing.
     """
     try:
         asyncio.run(act())
     except ConveyorError as error:
-        fail(f"{error.reason}: {error}")
+        fail(f"{error.reason}: {explain(error) or error}")
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except BrokenPipeError:  # whoever read our output has seen enough

@@ -3,6 +3,7 @@
 import http.client
 import math
 import re
+import ssl
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,12 +20,13 @@ _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _EXPOSITION_BYTES_MAX = 16 * 1024 * 1024
 
 
-def fetch(url: str, timeout_seconds: float) -> Samples:
+def fetch(url: str, timeout_seconds: float, context: ssl.SSLContext | None = None) -> Samples:
     """Scrapes an endpoint.
 
     Args:
         url: "http://host:port/metrics"; scheme and path may be left out.
         timeout_seconds: For connecting and for reading.
+        context: Whom to trust where the URL says https; None means the system's roots.
 
     Returns:
         The samples: metric name to labels to value.
@@ -33,8 +35,12 @@ def fetch(url: str, timeout_seconds: float) -> Samples:
         TransportError: It does not answer, or not with metrics.
     """
     parts = urlsplit(url if "//" in url else f"http://{url}")
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.netloc, timeout=timeout_seconds)
+    if parts.scheme == "https":
+        connection = http.client.HTTPSConnection(
+            parts.netloc, timeout=timeout_seconds, context=context
+        )
+    else:
+        connection = http.client.HTTPConnection(parts.netloc, timeout=timeout_seconds)
     try:
         connection.request("GET", parts.path or "/metrics")
         response = connection.getresponse()

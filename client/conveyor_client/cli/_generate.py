@@ -13,19 +13,15 @@ from conveyor_client._errors import TokenOutOfRange
 from conveyor_client._generation import Generation
 from conveyor_client._nouns import Int32Array, ModelInfo
 from conveyor_client.cli._common import (
-    DEFAULT_TARGET,
-    DEFAULT_TIMEOUT_SECONDS,
-    Connection,
-    Target,
-    Timeout,
-    Token,
     fail,
-    run,
 )
+from conveyor_client.cli._connection import Connection, connecting
 from conveyor_client.cli._memory import MemoryFile, memory_from
 
 
+@connecting
 def generate(
+    connection: Connection,
     model: Annotated[str, typer.Argument(help="A model of tokens.")] = "letters",
     *,
     prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "",
@@ -38,15 +34,12 @@ def generate(
         str, typer.Option(help="Go on from this session, and leave it moved on.")
     ] = "",
     memory: MemoryFile = None,
-    target: Target = DEFAULT_TARGET,
-    token: Token = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
 ) -> None:
     """Generates text, letter by letter."""
 
     async def act() -> None:
         async with AsyncExitStack() as stack:
-            client = await stack.enter_async_context(Connection(target, token, timeout).client())
+            client = await stack.enter_async_context(connection.client())
             described = await client.model(model)
             if not described.input.is_tokens:
                 fail(f"{model} takes features, not tokens; it cannot generate text")
@@ -73,7 +66,7 @@ def generate(
                 sys.stdout.flush()
             sys.stdout.write("\n")
 
-    run(act)
+    connection.run(act)
 
 
 async def _start(

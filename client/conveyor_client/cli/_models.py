@@ -7,36 +7,29 @@ from rich.table import Table
 
 from conveyor_client._nouns import ModelInfo, TensorSignature
 from conveyor_client.cli._common import (
-    DEFAULT_TARGET,
-    DEFAULT_TIMEOUT_SECONDS,
     AsJson,
-    Connection,
-    Target,
-    Timeout,
-    Token,
     details_table,
     list_table,
     print_json,
-    run,
     say,
     show,
     size_text,
 )
+from conveyor_client.cli._connection import Connection, connecting
 
 app = typer.Typer(help="Looks at the models a server has loaded.", no_args_is_help=True)
 
 
 @app.command("list")
+@connecting
 def list_models(
-    target: Target = DEFAULT_TARGET,
-    token: Token = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
+    connection: Connection,
     as_json: AsJson = False,
 ) -> None:
     """Lists the models."""
 
     async def act() -> None:
-        async with Connection(target, token, timeout).client() as client:
+        async with connection.client() as client:
             models = [model async for model in client.models()]
         if as_json:
             print_json(models)
@@ -61,29 +54,28 @@ def list_models(
             )
         show(table)
 
-    run(act)
+    connection.run(act)
 
 
 @app.command("show")
+@connecting
 def show_model(
+    connection: Connection,
     name: str,
     version: Annotated[int, typer.Option(help="0 means the newest.")] = 0,
-    target: Target = DEFAULT_TARGET,
-    token: Token = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
     as_json: AsJson = False,
 ) -> None:
     """Describes one model."""
 
     async def act() -> None:
-        async with Connection(target, token, timeout).client() as client:
+        async with connection.client() as client:
             model = await client.model(name, version)
         if as_json:
             print_json(model)
         else:
             show(_details(model))
 
-    run(act)
+    connection.run(act)
 
 
 def _details(model: ModelInfo) -> Table:

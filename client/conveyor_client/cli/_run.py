@@ -19,23 +19,19 @@ from conveyor_client._rows import input_names
 from conveyor_client._session import Session
 from conveyor_client.cli._columns import Rows, find_columns
 from conveyor_client.cli._common import (
-    DEFAULT_TARGET,
-    DEFAULT_TIMEOUT_SECONDS,
-    Connection,
-    Target,
-    Timeout,
-    Token,
     fail,
-    run,
     say,
 )
+from conveyor_client.cli._connection import Connection, connecting
 from conveyor_client.cli._memory import MemoryFile, memory_from
 from conveyor_client.cli._source import RowsRefused, Source
 
 _FILE_CHUNK_STEPS = 64
 
 
+@connecting
 def run_rows(
+    connection: Connection,
     model: Annotated[str, typer.Argument(help="The model.")],
     source: Annotated[str, typer.Argument(metavar="FILE", help="CSV; - is the input.")] = "-",
     *,
@@ -47,9 +43,6 @@ def run_rows(
         int, typer.Option(min=0, help="Steps sent together; 0: 64 from a file, else 1.")
     ] = 0,
     memory: MemoryFile = None,
-    target: Target = DEFAULT_TARGET,
-    token: Token = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
 ) -> None:
     """Runs rows through a model.
 
@@ -64,13 +57,13 @@ def run_rows(
             with ExitStack() as stack:
                 lines = stack.enter_context(Source(source))
                 out = _open_output(stack, output)
-                async with Connection(target, token, timeout).client() as client:
+                async with connection.client() as client:
                     made = client.session(model, session_id=session or None, memory=rows)
                     await _run(client, made, lines, out, chunk_steps, stays=session != "")
         except RowsRefused as error:
             fail(str(error))
 
-    run(act)
+    connection.run(act)
 
 
 def _open_output(stack: ExitStack, output: Path | None) -> TextIO:

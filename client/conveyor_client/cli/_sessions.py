@@ -12,24 +12,18 @@ from rich.text import Text
 from conveyor_client._errors import ConveyorError
 from conveyor_client._nouns import SessionInfo
 from conveyor_client.cli._common import (
-    DEFAULT_TARGET,
-    DEFAULT_TIMEOUT_SECONDS,
     AsJson,
-    Connection,
-    Target,
-    Timeout,
-    Token,
     complain,
     details_table,
     fail,
     list_table,
     print_json,
     remaining_text,
-    run,
     say,
     show,
     size_text,
 )
+from conveyor_client.cli._connection import Connection, connecting
 
 app = typer.Typer(help="Looks at your sessions and manages them.", no_args_is_help=True)
 
@@ -37,55 +31,52 @@ Id = Annotated[str, typer.Argument(metavar="SESSION", help="The session's id.")]
 
 
 @app.command("list")
+@connecting
 def list_sessions(
+    connection: Connection,
     model: Annotated[str, typer.Option(help="Only sessions of this model.")] = "",
-    target: Target = DEFAULT_TARGET,
-    token: Token = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
     as_json: AsJson = False,
 ) -> None:
     """Lists your sessions."""
 
     async def act() -> None:
-        async with Connection(target, token, timeout).client() as client:
+        async with connection.client() as client:
             sessions = [session async for session in client.sessions(model=model)]
         _show(sessions, as_json)
 
-    run(act)
+    connection.run(act)
 
 
 @app.command("show")
+@connecting
 def show_session(
+    connection: Connection,
     session: Id,
-    target: Target = DEFAULT_TARGET,
-    token: Token = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
     as_json: AsJson = False,
 ) -> None:
     """Describes one session."""
 
     async def act() -> None:
-        async with Connection(target, token, timeout).client() as client:
+        async with connection.client() as client:
             info = await client.get_session(session)
         if as_json:
             print_json(info)
         else:
             show(_details(info))
 
-    run(act)
+    connection.run(act)
 
 
 @app.command("close")
+@connecting
 def close_sessions(
+    connection: Connection,
     sessions: Annotated[list[str], typer.Argument(metavar="SESSION...")],
-    target: Target = DEFAULT_TARGET,
-    token: Token = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
 ) -> None:
     """Ends sessions and frees their state; one that cannot be ended does not stop the others."""
 
     async def act() -> None:
-        async with Connection(target, token, timeout).client() as client:
+        async with connection.client() as client:
             failed = False
             for session in sessions:
                 try:
@@ -98,28 +89,29 @@ def close_sessions(
         if failed:
             raise typer.Exit(1)
 
-    run(act)
+    connection.run(act)
 
 
 @app.command("reset")
+@connecting
 def reset_session(
+    connection: Connection,
     session: Id,
-    target: Target = DEFAULT_TARGET,
-    token: Token = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
 ) -> None:
     """Sets a session back to its initial state and step 1."""
 
     async def act() -> None:
-        async with Connection(target, token, timeout).client() as client:
+        async with connection.client() as client:
             info = await client.reset_session(session)
             say(f"reset {info.session_id}")
 
-    run(act)
+    connection.run(act)
 
 
 @app.command("fork")
+@connecting
 def fork_session(
+    connection: Connection,
     session: Id,
     count: Annotated[
         int | None, typer.Option(min=1, help="How many copies; else one, or one for each --id.")
@@ -127,34 +119,30 @@ def fork_session(
     new_ids: Annotated[
         list[str] | None, typer.Option("--id", help="The id of a copy; may be repeated.")
     ] = None,
-    target: Target = DEFAULT_TARGET,
-    token: Token = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
     as_json: AsJson = False,
 ) -> None:
     """Copies a session, carry and position."""
 
     async def act() -> None:
-        async with Connection(target, token, timeout).client() as client:
+        async with connection.client() as client:
             _show(await client.fork_session(session, new_ids or count or 1), as_json)
 
     if count and new_ids and count != len(new_ids):
         fail(f"--count {count} does not fit {len(new_ids)} times --id; leave one of them out")
-    run(act)
+    connection.run(act)
 
 
 @app.command("export")
+@connecting
 def export_session(
+    connection: Connection,
     session: Id,
     file: Annotated[Path, typer.Argument(help="Where to; - is the standard output.")],
-    target: Target = DEFAULT_TARGET,
-    token: Token = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
 ) -> None:
     """Writes a portable snapshot; the session lives on."""
 
     async def act() -> None:
-        async with Connection(target, token, timeout).client() as client:
+        async with connection.client() as client:
             snapshot = await client.export_session(session)
         if str(file) == "-":
             sys.stdout.buffer.write(snapshot)
@@ -162,27 +150,26 @@ def export_session(
             file.write_bytes(snapshot)
         say(f"exported {session}: {size_text(len(snapshot))}")
 
-    run(act)
+    connection.run(act)
 
 
 @app.command("import")
+@connecting
 def import_session(
+    connection: Connection,
     file: Annotated[Path, typer.Argument(help="A snapshot; - is the standard input.")],
     new_id: Annotated[str, typer.Option("--id", help="The id; else the snapshot's own.")] = "",
-    target: Target = DEFAULT_TARGET,
-    token: Token = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
     as_json: AsJson = False,
 ) -> None:
     """Makes a session from a snapshot."""
 
     async def act() -> None:
         snapshot = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        async with Connection(target, token, timeout).client() as client:
+        async with connection.client() as client:
             made = await client.import_session(snapshot, session_id=new_id)
             _show([await made.info()], as_json)
 
-    run(act)
+    connection.run(act)
 
 
 def _show(sessions: list[SessionInfo], as_json: bool) -> None:

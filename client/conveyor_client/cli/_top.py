@@ -2,7 +2,9 @@
 
 import asyncio
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -13,19 +15,14 @@ from rich.table import Table
 from conveyor_client._client import Client
 from conveyor_client._nouns import ModelInfo
 from conveyor_client.cli._common import (
-    DEFAULT_TARGET,
-    DEFAULT_TIMEOUT_SECONDS,
     AsJson,
-    Connection,
-    Target,
-    Timeout,
-    Token,
     list_table,
     print_json,
     run,
     show,
     size_text,
 )
+from conveyor_client.cli._connection import Connection, connecting
 from conveyor_client.cli._exposition import Samples, by_label, fetch, quantile, total
 
 _HINT = "rates and latencies: --metrics HOST:9464"
@@ -53,16 +50,15 @@ class Overview:
     models: list[ModelLine]
 
 
+@connecting
 def top(
+    connection: Connection,
     metrics: Annotated[
         str | None,
         typer.Option(envvar="CONVEYOR_METRICS", help="URL of the server's metrics endpoint."),
     ] = None,
     interval: Annotated[float, typer.Option(min=0.05, help="Seconds between looks.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="One look, for scripts.")] = False,
-    target: Target = DEFAULT_TARGET,
-    token: Token = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
     as_json: AsJson = False,
 ) -> None:
     """Shows steps/s, ticks, batches, latencies, sessions and slots, model by model.
@@ -72,22 +68,23 @@ def top(
     """
 
     async def act() -> None:
-        connection = Connection(target, token, timeout)
         if metrics is None:
             await _watch_models(connection, interval, once, as_json)
         else:
-            await _watch_metrics(metrics, timeout, interval, once, as_json)
+            look = partial(fetch, metrics, connection.timeout_seconds, connection.context)
+            await _watch_metrics(look, interval, once, as_json)
 
-    run(act)
+    # Of a metrics endpoint that does not answer the server cannot tell why.
+    connection.run(act) if metrics is None else run(act)
 
 
 async def _watch_metrics(
-    url: str, timeout_seconds: float, interval: float, once: bool, as_json: bool
+    look: Callable[[], Samples], interval: float, once: bool, as_json: bool
 ) -> None:
     loop = asyncio.get_running_loop()
-    before, then = await asyncio.to_thread(fetch, url, timeout_seconds), loop.time()
+    before, then = await asyncio.to_thread(look), loop.time()
     await asyncio.sleep(interval)
-    after, now = await asyncio.to_thread(fetch, url, timeout_seconds), loop.time()
+    after, now = await asyncio.to_thread(look), loop.time()
     overview = summarise(before, after, now - then)
     if once:
         print_json(overview) if as_json else show(_render(overview))
@@ -97,7 +94,7 @@ async def _watch_metrics(
             live.refresh()
             before, then = after, now
             await asyncio.sleep(interval)
-            after, now = await asyncio.to_thread(fetch, url, timeout_seconds), loop.time()
+            after, now = await asyncio.to_thread(look), loop.time()
             live.update(_render(summarise(before, after, now - then)))
 
 

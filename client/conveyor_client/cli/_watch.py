@@ -25,17 +25,11 @@ from conveyor_client._errors import ConveyorError, InvalidInput, ModelNotFound, 
 from conveyor_client._nouns import ModelInfo, TraceMode
 from conveyor_client._session import Session
 from conveyor_client.cli._common import (
-    DEFAULT_TARGET,
-    DEFAULT_TIMEOUT_SECONDS,
-    Connection,
-    Target,
-    Timeout,
-    Token,
     fail,
     os_error_text,
-    run,
     say,
 )
+from conveyor_client.cli._connection import Connection, connecting
 from conveyor_client.cli._feeding import Feed, FeedRefused, Lines, Pace, Text
 from conveyor_client.cli._gates_lines import LEGEND, line_of
 from conveyor_client.cli._gates_view import GatesView
@@ -69,7 +63,9 @@ class _Inputs:
         return Lines(model, stack.enter_context(Source(self.csv)))
 
 
+@connecting
 def watch(
+    connection: Connection,
     name: Annotated[
         str, typer.Argument(metavar="MODEL|SESSION", help="A model, or the id of a session.")
     ],
@@ -106,9 +102,6 @@ def watch(
             help="The memory's rows are patches of an image: draw where it looks as one.",
         ),
     ] = "",
-    target: Target = DEFAULT_TARGET,
-    token: Token = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_SECONDS,
 ) -> None:
     """Draws the gates of a model as it reads.
 
@@ -136,9 +129,7 @@ def watch(
     async def act() -> None:
         try:
             async with AsyncExitStack() as stack:
-                client = await stack.enter_async_context(
-                    Connection(target, token, timeout).client()
-                )
+                client = await stack.enter_async_context(connection.client())
                 opened = await stack.enter_async_context(_open(client, name, session, memory))
                 await _check_grid(opened, shape)
                 feed = inputs.feed(opened.model, stack)
@@ -150,7 +141,7 @@ def watch(
             fail(str(error))
 
     try:
-        run(act)
+        connection.run(act)
     finally:
         if watched and len(watched[0].recording):
             write(watched[0])

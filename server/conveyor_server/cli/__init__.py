@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import os
 import re
 from importlib import metadata
 from pathlib import Path
@@ -220,12 +221,13 @@ def _find(repository: Path, name: str, version: int | None) -> Bundle:
 
 
 def _run_server(config: Path | None, flags: dict[str, str]) -> None:
-    from conveyor_server.logs import configure_logging, silence_grpc_core
-
-    silence_grpc_core()
+    # gRPC writes lines of its own to standard error, where only JSON belongs: of each failed TLS
+    # handshake, and, once a second, of too few descriptors. It reads this as it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from conveyor_server.app import App, ServerBroken, StartError
     from conveyor_server.config import ConfigError, load_config
     from conveyor_server.engine.devices import DeviceError
+    from conveyor_server.logs import configure_logging
     from conveyor_server.rpc.server import AddressError
 
     try:

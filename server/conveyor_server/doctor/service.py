@@ -20,7 +20,7 @@ from conveyor_server.engine.devices import DeviceError, find_device
 from conveyor_server.engine.engine import TorchEngine
 from conveyor_server.engine.loader import load_repository
 from conveyor_server.errors import os_error_text
-from conveyor_server.rpc.tls import TlsFilesError, read_pair
+from conveyor_server.rpc.tls import TlsFilesError, read_authorities, read_pair
 
 NVIDIA_DEVICE: Final = Path("/dev/nvidiactl")
 GIB: Final = 2**30
@@ -52,6 +52,8 @@ def check_exposure(config: Config) -> Iterator[Finding]:
             )
     if listen.tls_certificate_file is not None and listen.tls_key_file is not None:
         yield _check_tls(listen.tls_certificate_file, listen.tls_key_file)
+    if listen.tls_client_ca_file is not None:
+        yield _check_client_ca(listen.tls_client_ca_file)
     if not config.engine.verify_same_bits:
         yield warn(
             "configuration",
@@ -81,6 +83,14 @@ def _check_tls(certificate: Path, key: Path) -> Finding:
         advice = "give a PEM chain and the private key that belongs to its first certificate"
         return fail("tls", str(error), advice)
     return ok("tls", f"{certificate} and its key belong together")
+
+
+def _check_client_ca(ca: Path) -> Finding:
+    try:
+        read_authorities(ca)
+    except TlsFilesError as error:
+        return fail("tls", str(error), "give certificates in PEM")
+    return ok("tls", f"clients need a certificate of an authority in {ca}")
 
 
 def check_store(config: Config) -> Iterator[Finding]:

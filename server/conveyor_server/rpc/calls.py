@@ -40,8 +40,8 @@ STATUS_SECONDS_MAX: Final = 30.0
 _OURS: Final = ("conveyor.", "inference.")
 _NOT_TRACED: Final = "grpc."
 """Health and reflection are asked all day long."""
-_HEALTH: Final = "grpc.health.v1.Health"
-"""Open to all: it asks for no token, and has bounds of its own."""
+_OPEN_TO_ALL: Final = frozenset(("grpc.health.v1.Health", name) for name in ("Check", "Watch"))
+"""Whoever balances load has no token; these have bounds of their own. List names the models."""
 
 _PARSED_BYTES: Final = 4
 """What each byte of a message takes at most once it is parsed, about."""
@@ -112,6 +112,7 @@ class _Method:
         inner = getattr(handler, self._kind)
         self._inner: Handler = _written(inner) if inspect.isasyncgenfunction(inner) else inner
         self._ours = self.service.startswith(_OURS)  # these raise, and never abort by themselves
+        self._open_to_all = (self.service, self.name) in _OPEN_TO_ALL
         self._tracing = None if self.service.startswith(_NOT_TRACED) else door.tracing
         self._labels = (self._kind, self.service, self.name)
 
@@ -191,7 +192,7 @@ class _Method:
         size = size_of(metadata)
         door.receiver.let_go(size)  # gRPC keeps it in a circle of its own
         check_size(size, door.metadata_bytes_max)
-        if self.service != _HEALTH:
+        if not self._open_to_all:
             act_for(door.authenticator.authenticate(metadata))
             with door.bounds.calls.counted(context.peer()):
                 return await self._run(messages, context)
@@ -203,7 +204,7 @@ class _Method:
     async def _run(self, messages: Any, context: Any) -> Any:
         if not self._unary_request:
             return await self._inner(messages, context)
-        received = await self._door.receiver.read(context, first_out=self.service == _HEALTH)
+        received = await self._door.receiver.read(context, first_out=self._open_to_all)
         self._door.metrics.grpc_received.add(1, *self._labels)
         try:
             response = await self._inner(self._parse(received.take()), context)

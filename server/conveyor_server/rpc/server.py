@@ -3,12 +3,10 @@
 import asyncio
 import logging
 import socket
-from pathlib import Path
 from typing import Final
 
-import grpc
 from grpc import aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from conveyor.oip import inference_pb2, inference_pb2_grpc
@@ -19,16 +17,25 @@ from conveyor_server.errors import os_error_text
 from conveyor_server.rpc.access import Authenticator
 from conveyor_server.rpc.bounds import CallBounds
 from conveyor_server.rpc.calls import CallInterceptor
+from conveyor_server.rpc.health import NOT_SERVING, SERVICE_UNKNOWN, SERVING, Health
 from conveyor_server.rpc.models import ModelServicer
 from conveyor_server.rpc.oip.servicer import InferenceServicer
 from conveyor_server.rpc.receiving import Receiver
 from conveyor_server.rpc.service import Services
 from conveyor_server.rpc.sessions import SessionServicer
 from conveyor_server.rpc.streams import Streams
-from conveyor_server.rpc.tls import TlsFilesError, read_pair
+from conveyor_server.rpc.tls import TlsFilesError, credentials
 
 CUT_SECONDS_MAX: Final = 2.0
 """What calls that were cut off at a stop have to end."""
+PING_SECONDS_MIN: Final = 1
+"""How often a client may ping a connection on which nothing else is sent.
+
+Clients and proxies ping to notice a dead connection and to keep the way through firewalls open,
+some every 10 s or less. gRPC's own default is 5 minutes, and 2 hours while there is no call.
+"""
+PING_STRIKES_MAX: Final = 4
+"""Pings that come sooner than that, until a result is sent; one more ends the connection."""
 
 STREAMS_PER_CALL: Final = 8
 """Streams that the transport takes on a connection for each call that we let in."""
@@ -58,12 +65,21 @@ class GrpcServer:
     """Starts, drains and stops the services."""
 
     def __init__(self, services: Services) -> None:
-        """Builds the server; it listens from `start` on."""
+        """Builds the server; it listens from `start` on.
+
+        Raises:
+            AddressError: The TLS files cannot be used.
+        """
         config = services.config
+        try:
+            self._credentials = credentials(config.listen)
+        except TlsFilesError as error:
+            raise AddressError(str(error)) from error
         self._shutdown = config.shutdown
         self._streams = Streams(config.limits.streams_max)
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         self._serving: dict[str, set[int]] = {}
+        self._started = self._draining = False
         interceptor = CallInterceptor(
             authenticator=Authenticator(config.auth.tokens),
             bounds=CallBounds(config.limits),
@@ -100,21 +116,22 @@ class GrpcServer:
         """Listens, and returns host:port.
 
         Raises:
-            AddressError: The address or the TLS files cannot be used.
+            AddressError: The address cannot be used.
         """
         try:
-            credentials = _credentials(listen.tls_certificate_file, listen.tls_key_file)
-            if credentials is None:
+            if self._credentials is None:
                 port = self._server.add_insecure_port(listen.address)
             else:
-                port = self._server.add_secure_port(listen.address, credentials)
+                port = self._server.add_secure_port(listen.address, self._credentials)
         except RuntimeError as error:
             why = _bind_problem(listen.address)
             message = f"listen.address: cannot listen on {listen.address}: {why}"
             raise AddressError(message) from error
         await self._server.start()
-        for service in ("", *_SERVICES):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._started = True
+        await self._set_whole_serving()
+        for service in _SERVICES:
+            await self._health.set(service, SERVING)
         return f"{listen.address.rpartition(':')[0]}:{port}"
 
     async def set_model_serving(self, info: ModelInfo, serving: bool) -> None:
@@ -123,15 +140,24 @@ class GrpcServer:
         versions = self._serving.setdefault(name, set())
         (versions.add if serving else versions.discard)(version)
         for service, served in ((name, bool(versions)), (f"{name}/{version}", serving)):
-            status = (
-                health_pb2.HealthCheckResponse.SERVING
-                if served
-                else health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-            )
-            await self._health.set(service, status)
+            await self._health.set(service, SERVING if served else SERVICE_UNKNOWN)
+        await self._set_whole_serving()
+
+    async def _set_whole_serving(self) -> None:
+        await self._health.set("", NOT_SERVING if self.unready else SERVING)
+
+    @property
+    def unready(self) -> str:
+        """Why health says that the server does not serve; empty while it does."""
+        if self._draining:
+            return "draining"
+        if not self._started:
+            return "starting"
+        return "" if any(self._serving.values()) else "no model is served"
 
     async def drain(self) -> None:
         """Not serving any more: health says so, every stream is told, and no new one is taken."""
+        self._draining = True
         await self._health.enter_graceful_shutdown()
         self._streams.drain(self._shutdown.reconnect_after_seconds)
 
@@ -189,8 +215,10 @@ def transport_options(limits: LimitsConfig) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-        ("grpc.http2.max_ping_strikes", 4),
+        # With and without a call: a client that waits for its next input is a client, too.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 1000 * PING_SECONDS_MIN),
+        ("grpc.http2.max_ping_strikes", PING_STRIKES_MAX),
     ]
 
 
@@ -209,15 +237,3 @@ def _bind_problem(address: str) -> str:
     except (OSError, OverflowError) as error:
         return os_error_text(error) if isinstance(error, OSError) else str(error)
     return "gRPC could not bind it"
-
-
-def _credentials(certificate: Path | None, key: Path | None) -> grpc.ServerCredentials | None:
-    if certificate is None and key is None:
-        return None
-    if certificate is None or key is None:
-        raise AddressError("TLS needs both listen.tls_certificate_file and listen.tls_key_file")
-    try:
-        chain, private = read_pair(certificate, key)
-    except TlsFilesError as error:
-        raise AddressError(str(error)) from error
-    return grpc.ssl_server_credentials([(private, chain)])

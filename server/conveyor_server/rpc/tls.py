@@ -4,10 +4,14 @@ import ssl
 from pathlib import Path
 from typing import Final
 
+import grpc
+
+from conveyor_server.config import ListenConfig
 from conveyor_server.errors import os_error_text
 
 CERTIFICATE: Final = "listen.tls_certificate_file"
 KEY: Final = "listen.tls_key_file"
+CLIENT_CA: Final = "listen.tls_client_ca_file"
 
 
 class TlsFilesError(Exception):
@@ -37,6 +41,37 @@ def read_pair(certificate: Path, key: Path) -> tuple[bytes, bytes]:
             message = f"{CERTIFICATE} and {KEY}: {certificate} or {key} is damaged"
         raise TlsFilesError(message) from error
     return chain, private
+
+
+def read_authorities(file: Path) -> bytes:
+    """Reads the certificates of whoever signs those of clients.
+
+    Raises:
+        TlsFilesError: It cannot be read, or is no certificate in PEM.
+    """
+    authorities = _read(CLIENT_CA, file)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(file)
+    except ssl.SSLError as error:
+        raise TlsFilesError(f"{CLIENT_CA}: {file} holds no certificate in PEM") from error
+    return authorities
+
+
+def credentials(listen: ListenConfig) -> grpc.ServerCredentials | None:
+    """What the gRPC port shows; None if it speaks no TLS.
+
+    Raises:
+        TlsFilesError: A file cannot be used.
+    """
+    certificate, key = listen.tls_certificate_file, listen.tls_key_file
+    if certificate is None or key is None:
+        return None
+    chain, private = read_pair(certificate, key)
+    ca = listen.tls_client_ca_file
+    authorities = None if ca is None else read_authorities(ca)
+    return grpc.ssl_server_credentials(
+        [(private, chain)], authorities, require_client_auth=authorities is not None
+    )
 
 
 class _EncryptedError(Exception):

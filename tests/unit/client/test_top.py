@@ -3,10 +3,14 @@
 import http.server
 import json
 import math
+import ssl
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+import trustme
 from typer.testing import CliRunner
 
 from conveyor_client import TransportError
@@ -70,8 +74,8 @@ def test_an_interval_is_summed_up() -> None:
     assert overview.models[1].tick_sessions_mean is None
 
 
-@pytest.fixture
-def endpoint() -> Iterator[str]:
+@contextmanager
+def metrics_of_a_server(context: ssl.SSLContext | None = None) -> Iterator[str]:
     class Handler(http.server.BaseHTTPRequestHandler):
         scrapes = 0
 
@@ -88,11 +92,19 @@ def endpoint() -> Iterator[str]:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        if context is not None:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"127.0.0.1:{server.server_address[1]}"
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    with metrics_of_a_server() as address:
+        yield address
 
 
 def test_top_reads_an_endpoint(endpoint: str) -> None:
@@ -111,3 +123,18 @@ def test_an_endpoint_that_does_not_answer_is_told(endpoint: str) -> None:
     result = CliRunner().invoke(app, ["top", "--once", "--metrics", "127.0.0.1:1"])
     assert result.exit_code == 1
     assert "cannot reach 127.0.0.1:1: connection refused" in result.output
+
+
+def test_top_trusts_the_ca_of_an_endpoint_behind_tls(tmp_path: Path) -> None:
+    authority, ca = trustme.CA(), tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(ca)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    with metrics_of_a_server(context) as address:
+        arguments = ["top", "--once", "--interval", "0.05", "--metrics", f"https://{address}"]
+        shown = CliRunner().invoke(app, [*arguments, "--ca", str(ca)])
+        assert shown.exit_code == 0, shown.output
+        assert "letters" in shown.stdout
+        refused = CliRunner().invoke(app, arguments)
+        assert refused.exit_code == 1
+        assert "certificate verify failed" in refused.output

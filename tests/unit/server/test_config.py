@@ -255,6 +255,7 @@ def test_an_unusable_token_is_refused_without_being_shown(
         ),
         ({"listen.tls_key_file": "key.pem"}, ("tls_certificate_file", "tls_key_file")),
         ({"listen.tls_certificate_file": "c.pem", "listen.tls_key_file": "key.pem"}, ()),
+        ({"listen.tls_client_ca_file": "ca.pem"}, ("tls_client_ca_file", "tls_certificate_file")),
     ],
 )
 def test_settings_that_contradict_one_another_are_refused(
