@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -42,7 +42,7 @@ def server(start_server: StartServer) -> ServerProcess:
 
 
 @contextmanager
-def room_for(server: ServerProcess, more_bytes: int) -> Iterator[None]:
+def room_for(server: ServerProcess, more_bytes: int) -> Generator[None]:
     """The server's address space may grow by so much and no more."""
     status = Path(f"/proc/{server.pid}/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmSize:"))
