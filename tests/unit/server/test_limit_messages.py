@@ -173,8 +173,16 @@ ON_THE_WIRE = {
     "frame_entries_max",
     "slow_reader_seconds_max",
     "concurrent_calls_max",
+    "connections_max",
+    "connection_calls_max",
+    "connection_idle_seconds_max",
+    "connection_handshake_seconds_max",
+    "connection_watches_max",
+    "health_calls_max",
+    "message_seconds_max",
+    "request_bytes_max",
 }
-"""They need a server: tests/integration/test_limits.py."""
+"""They need a server: tests/integration/test_limits.py and tests/attacks."""
 REFUSE_NOTHING = {
     "running_predictions_max",
     "outbox_bytes_max",
