@@ -84,6 +84,7 @@ class GrpcServer:
             authenticator=Authenticator(config.auth.tokens),
             bounds=CallBounds(config.limits),
             receiver=Receiver(config.limits, transport_message_bytes_max(config.limits)),
+            results=services.results,
             metrics=services.metrics,
             clock=services.clock,
             metadata_bytes_max=config.limits.metadata_bytes_max,
