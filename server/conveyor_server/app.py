@@ -29,6 +29,7 @@ from conveyor_server.hangup import HangUp
 from conveyor_server.metrics import Labels, Metrics
 from conveyor_server.monitoring import Monitoring
 from conveyor_server.reload import Reloader
+from conveyor_server.rpc.results import ResultsBudget
 from conveyor_server.rpc.server import AddressError, GrpcServer
 from conveyor_server.rpc.service import Services
 from conveyor_server.scheduler.driver import Driver
@@ -59,6 +60,7 @@ SERVER_LIMITS: Final = (
     "host_state_bytes_max",
     "memories_bytes_max",
     "held_results_total_bytes_max",
+    "results_total_bytes_max",
 )
 """Settings of `limits` that a gauge of the whole server can be held against."""
 _log = logging.getLogger(__name__)
@@ -121,6 +123,7 @@ class App:
             metrics=self._metrics,
             wake=self._driver.wake,
         )
+        self._results = ResultsBudget(config.limits)
         self._operations = Operations(self._scheduler, uuid.uuid4().hex)
         self._stop_asked = asyncio.Event()
         self._broken = False
@@ -146,6 +149,7 @@ class App:
                 metrics=self._metrics,
                 clock=self._clock,
                 device=str(self._device),
+                results=self._results,
                 tracing=self._tracing,
             )
         )
@@ -232,7 +236,8 @@ class App:
         except OSError as error:
             why = os_error_text(error)
             raise AddressError(
-                f"listen.metrics_address: cannot listen on {listen}: {why}"
+                f"listen.metrics_address: cannot listen on {listen}: {why}; choose another"
+                " address with --metrics"
             ) from error
 
     def _clear_ready_file(self) -> None:
@@ -296,6 +301,12 @@ class App:
             "Bytes of inputs and results held for retries.",
             (),
             lambda: [((), self._scheduler.held.size_bytes)],
+        )
+        gauge(
+            "conveyor_results_bytes",
+            "Bytes of results wanted of what was taken or waiting to be read, but for free shares.",
+            (),
+            lambda: [((), self._results.size_bytes)],
         )
         gauge(
             "conveyor_inbox_chunks",

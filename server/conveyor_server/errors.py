@@ -393,7 +393,7 @@ class SlowReader(LimitExceeded):
 
 
 class DeviceOutOfMemory(LimitExceeded):
-    """The device has no memory left."""
+    """The device, or the server itself, has no memory left."""
 
     reason = "DEVICE_OUT_OF_MEMORY"
 

@@ -97,8 +97,8 @@ def _rows(outputs: Sequence[tuple[str, Value]]) -> _Rows:
     if len(functions) > 1 or not functions <= set(STACKED):
         raise refused(
             listed(names),
-            f"several outputs with {' and '.join(sorted(functions))}: a bundle has one head and one"
-            " activation, so export one output, or all of them without an activation",
+            f"several outputs with {' and '.join(sorted(functions))} at the end: a bundle has one"
+            " head and one activation, so export one output, or all of them without an activation",
         )
     plain = [replace(flow, activation=None) for flow in whole]
     if any(flow.row != whole[0].row for flow in plain):
@@ -248,7 +248,13 @@ def _add_head(model: ImportedModel, rows: _Rows) -> None:
         start = 0
         for name, affine in zip(rows.names, maps, strict=True):
             end = start + affine.output_size
-            model.notes.append(f"numbers {start} to {end - 1} of a row are {name}")
+            last = end - 1
+            which = (
+                f"number {last} of a row is"
+                if start == last
+                else f"numbers {start} to {last} of a row are"
+            )
+            model.notes.append(f"{which} {name}")
             start = end
     folded = [flow.affine for flow in rows.flows if flow.maps > 1 and not _is_linear(flow)]
     model.notes += [

@@ -249,5 +249,5 @@ def _in_checkpoint(
                 f" {load}",
             )
     said = f"a checkpoint: its one state dict, {str(name)!r}, is imported"
-    ignored = f"; {listed(beside)} beside it is left out" if beside else ""
+    ignored = f"; left out: {listed(beside)}" if beside else ""
     return cast("Mapping[object, object]", inner[name]), [said + ignored]

@@ -334,7 +334,9 @@ def _without_place(
     left = sorted(rest)
     return refused(
         left[0],
-        f"shape {list(rest[left[0]].shape)}, has no place in a bundle (left over: {listed(left)})",
+        f"shape {list(rest[left[0]].shape)}, has no place in a bundle (left over: {listed(left)});"
+        " if the module computes with it, as with a mean and a deviation of its input,"
+        " torch.onnx.export writes how, and the importer reads that file",
     )
 
 

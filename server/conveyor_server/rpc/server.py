@@ -84,6 +84,7 @@ class GrpcServer:
             authenticator=Authenticator(config.auth.tokens),
             bounds=CallBounds(config.limits),
             receiver=Receiver(config.limits, transport_message_bytes_max(config.limits)),
+            results=services.results,
             metrics=services.metrics,
             clock=services.clock,
             metadata_bytes_max=config.limits.metadata_bytes_max,
@@ -124,7 +125,10 @@ class GrpcServer:
                 port = self._server.add_secure_port(listen.address, self._credentials)
         except RuntimeError as error:
             why = _bind_problem(listen.address)
-            message = f"listen.address: cannot listen on {listen.address}: {why}"
+            message = (
+                f"listen.address: cannot listen on {listen.address}: {why}; choose another"
+                " address with --listen"
+            )
             raise AddressError(message) from error
         await self._server.start()
         self._started = True

@@ -17,7 +17,7 @@ from conveyor_server.scheduler.creation import Creation, check_streamable
 from conveyor_server.scheduler.scheduler import Scheduler
 from conveyor_server.sessions.memory import SharedMemory, check_memory_rows
 from conveyor_server.sessions.session import Session
-from conveyor_server.store.checkpoint import Checkpoint, Header, check_fits, decode, encode
+from conveyor_server.store.checkpoint import Checkpoint, Header, check_fits, record_bytes
 
 
 class Copies:
@@ -51,8 +51,8 @@ class Copies:
             self._check_host_room(checkpoint, principal, ids)
         return [self._copy(session, new_id, checkpoint.carry) for new_id in ids]
 
-    def export(self, session: Session) -> bytes:
-        """Takes a snapshot, which names no principal.
+    def export(self, session: Session) -> Checkpoint:
+        """Takes what a snapshot is made of, which names no principal.
 
         Raises:
             SessionQuarantined: Its carry is none to go on from.
@@ -61,18 +61,17 @@ class Copies:
         checkpoint = self._scheduler.residency.checkpoint(session)
         memory = b"" if session.memory is None else session.memory.rows
         header = replace(checkpoint.header, principal="", memory_bytes=len(memory))
-        return encode(Checkpoint(header, checkpoint.carry, memory))
+        return Checkpoint(header, checkpoint.carry, memory)
 
     def import_(
-        self, principal: str, snapshot: bytes, session_id: str, idle_seconds: float
+        self, principal: str, checkpoint: Checkpoint, session_id: str, idle_seconds: float
     ) -> Session:
-        """Makes a session from a snapshot.
+        """Makes a session from what a snapshot holds.
 
         Raises:
-            SnapshotCorrupt, SnapshotIncompatible, MemoryTooLarge, ModelNotStreamable,
+            SnapshotIncompatible, MemoryTooLarge, ModelNotStreamable,
             SessionExists, SessionsLimit, PrincipalSessionsLimit.
         """
-        checkpoint = decode(snapshot)
         model = self._model_of(checkpoint.header)
         check_streamable(model)
         check_fits(checkpoint, model)
@@ -125,7 +124,7 @@ class Copies:
             epoch=STEP_MAX,  # as long as it can be written
             memory_bytes=0,
         )
-        size = len(encode(Checkpoint(header, checkpoint.carry)))
+        size = record_bytes(header)
         if len(new_ids) * size > self._scheduler.host_room_bytes:
             raise SessionsLimit(
                 f"no room for {len(new_ids):,} more states of {size:,} bytes in host memory",

@@ -353,7 +353,7 @@ def test_the_one_state_dict_of_a_checkpoint_is_imported(
     model = import_model(tmp_path / f"last{suffix}")
     assert torch.equal(model.weights["head.weight"], STATE["fc.weight"])
     assert model.notes[0].startswith("a checkpoint: its one state dict")
-    assert "beside it is left out" in model.notes[0]
+    assert "; left out: " in model.notes[0]
 
 
 def test_the_name_that_a_tied_weight_lost_is_restored(tmp_path: Path) -> None:

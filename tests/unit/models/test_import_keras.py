@@ -210,7 +210,7 @@ REFUSED = {
     "rnn_gate": "odd: activation elu in a SimpleRNN: a bundle has no place for it yet",
     "merge": "odd: merge_mode 'sum'",
     "backwards": "odd: go_backwards",
-    "both_last": "odd: Bidirectional with return_sequences=False",
+    "both_last": "odd: Bidirectional with return_sequences=False: ",
     "convolution": "odd: Conv1D",
     "norm": "odd: LayerNormalization",
     "before": "odd: activation relu of a Dense layer: a bundle has no place for it yet",

@@ -153,6 +153,7 @@ class InferenceServicer(UnsupportedCalls):
         check_outputs(message, model)
         steps = read_steps(message, model, self._services.admission)
         caller = principal()
+        self._services.results.count_for_call(caller, steps.length * model.output_row_bytes)
         if one.asked.start:
             await self._sequences.make_way(one, model, caller, steps)
         self._sequences.submit(one, model, caller, steps)
