@@ -30,6 +30,7 @@ from conveyor_server.errors import (
     SnapshotIncompatible,
 )
 from conveyor_server.metrics import Metrics
+from conveyor_server.rpc.results import ResultsBudget
 from conveyor_server.rpc.service import Services
 from conveyor_server.rpc.stream import StepStream
 from conveyor_server.rpc.streams import Streams
@@ -71,7 +72,7 @@ def snapshot(data: bytes) -> None:
     record(sealed)
     with suppress(ConveyorError):
         rig = Rig()
-        rig.operations.import_("ann", sealed, "copy", 0)
+        rig.operations.import_("ann", decode(sealed), "copy", 0)
 
 
 def token(data: bytes) -> None:
@@ -131,15 +132,16 @@ def frame(data: bytes) -> None:
 
 
 async def _serve(frames: list[Any]) -> None:
-    rig = Rig()
+    rig, limits = Rig(), LimitsConfig()
     services = Services(
         Config(),
-        Admission(LimitsConfig()),
+        Admission(limits),
         cast(Any, _Driver(rig)),
         cast(Any, None),
         Metrics(),
         FakeClock(),
         "cpu",
+        ResultsBudget(limits),
     )
     context = _Context(frames)
     stream = StepStream(services, "ann", cast(Any, context), Streams(4))
