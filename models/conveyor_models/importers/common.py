@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from conveyor_models.spec import LAYERS_MAX, WEIGHT_VALUES_MAX, ModelSpec, spec_
 FILE_BYTES_MAX: Final = 4 * WEIGHT_VALUES_MAX + 64 * 1024 * 1024
 """Of any file that is read: the most weights a model may have, and room for the rest."""
 NAMES_SHOWN_MAX: Final = 4
+_TYPE: Final = re.compile(r"(q?)(bool|complex|b?float|uint|int)(\d*)(?:_\w+)?")
 _EXACT: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -49,6 +51,18 @@ def listed(names: Sequence[str]) -> str:
     shown = ", ".join(name[:80] for name in names[:NAMES_SHOWN_MAX])
     more = len(names) - NAMES_SHOWN_MAX
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def kind_of(dtype: np.dtype[Any] | torch.dtype) -> str:
+    """What numbers of a type are, in words for people: "64-bit floats"."""
+    name = dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
+    match = _TYPE.fullmatch(name)
+    if match is None:
+        return "values that are not numbers"
+    quantised, kind, bits = match.groups()
+    nouns = {"bool": "booleans", "complex": "complex numbers", "uint": "unsigned integers"}
+    noun = nouns.get(kind, "floats" if kind.endswith("float") else "integers")
+    return f"{'quantised ' if quantised else ''}{f'{bits}-bit ' if bits else ''}{noun}"
 
 
 def read_file(path: Path, bytes_max: int = FILE_BYTES_MAX) -> bytes:
@@ -89,14 +103,18 @@ def exact_float32(name: str, tensor: Tensor) -> Tensor:
     """
     plain = not tensor.is_quantized and tensor.layout == torch.strided
     if not plain or tensor.dtype not in (*_EXACT, torch.float64):
-        kind = tensor.dtype if plain or tensor.is_quantized else tensor.layout
-        raise refused(name, f"is of type {kind}, expected floats")
+        kind = kind_of(tensor.dtype)
+        if not plain and not tensor.is_quantized:
+            kind = "a sparse tensor" if tensor.dtype.is_floating_point else f"sparse {kind}"
+        raise refused(name, f"holds {kind}, expected floats of at most 64 bits")
     if tensor.is_meta or tensor.numel() > WEIGHT_VALUES_MAX:
         raise refused(name, f"{tensor.numel()} values, expected at most {WEIGHT_VALUES_MAX}")
     single = tensor.detach().cpu().to(torch.float32, copy=True).contiguous()
     if tensor.dtype == torch.float64 and not torch.equal(single.double(), tensor.detach().cpu()):
         raise refused(
-            name, "is float64 and holds values that float32 does not; convert the model first"
+            name,
+            "holds 64-bit floats, some of which 32 bits cannot hold; convert the model to 32-bit"
+            " floats first",
         )
     if not bool(single.isfinite().all()):
         raise refused(name, "has a NaN or an infinity")
@@ -110,7 +128,7 @@ def tensor_of(name: str, array: np.ndarray[Any, Any]) -> Tensor:
         UnsupportedModuleError: it is not made of finite floats, or float32 cannot hold one of them.
     """
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        raise refused(name, f"is of type {array.dtype}, expected floats")
+        raise refused(name, f"holds {kind_of(array.dtype)}, expected floats of at most 64 bits")
     native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=True)
     return exact_float32(name, torch.from_numpy(native))  # pyright: ignore[reportUnknownMemberType]
 

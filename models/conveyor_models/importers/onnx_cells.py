@@ -29,7 +29,12 @@ from conveyor_models.importers.common import (
     tensor_of,
 )
 from conveyor_models.importers.onnx_shapes import Length
-from conveyor_models.importers.onnx_states import initial_tensors, lengths_note, outside
+from conveyor_models.importers.onnx_states import (
+    does_not_fit,
+    initial_tensors,
+    lengths_note,
+    outside,
+)
 from conveyor_models.importers.onnx_values import Value, known
 
 GATES: Final = {"LSTM": "iofg", "GRU": "zrn", "RNN": "h"}
@@ -203,7 +208,7 @@ def _tensor(node: CellNode, what: str, shape: tuple[int | None, ...]) -> Tensor:
         wanted in (None, found) for wanted, found in zip(shape, array.shape, strict=True)
     )
     if not fits or array.dtype.kind != "f":
-        raise refused(node.name, f"{what}: {array.dtype} {list(array.shape)}, does not fit")
+        raise refused(node.name, does_not_fit(what, array))
     return tensor_of(f"{node.name}: {what}", array)
 
 
