@@ -50,6 +50,7 @@ class Client(ById):
         options: Times and bounds.
 
     Raises:
+        InvalidField: The target has a port above 65535.
         NotOpen: This process was forked while a client was open.
     """
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TypeAlias
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from conveyor_client._errors import TransportError
 
@@ -34,13 +34,7 @@ def fetch(url: str, timeout_seconds: float, context: ssl.SSLContext | None = Non
     Raises:
         TransportError: It does not answer, or not with metrics.
     """
-    parts = urlsplit(url if "//" in url else f"http://{url}")
-    if parts.scheme == "https":
-        connection = http.client.HTTPSConnection(
-            parts.netloc, timeout=timeout_seconds, context=context
-        )
-    else:
-        connection = http.client.HTTPConnection(parts.netloc, timeout=timeout_seconds)
+    parts, connection = _connection(url, timeout_seconds, context)
     try:
         connection.request("GET", parts.path or "/metrics")
         response = connection.getresponse()
@@ -57,6 +51,26 @@ def fetch(url: str, timeout_seconds: float, context: ssl.SSLContext | None = Non
         raise TransportError(message, reason="TRANSPORT") from error
     finally:
         connection.close()
+
+
+def _connection(
+    url: str, timeout_seconds: float, context: ssl.SSLContext | None
+) -> tuple[SplitResult, http.client.HTTPConnection]:
+    parts = urlsplit(url if "//" in url else f"http://{url}")
+    try:
+        host, port = parts.hostname or "", parts.port
+        if not host.encode("idna"):
+            raise ValueError("no host")
+    except ValueError as error:  # a port that is no number or too large, or no name of a host
+        message = f"{url} is not an address of metrics; expected http://HOST:PORT"
+        raise TransportError(message, reason="TRANSPORT") from error
+    if parts.scheme == "https":
+        return parts, http.client.HTTPSConnection(
+            host, port or http.client.HTTPS_PORT, timeout=timeout_seconds, context=context
+        )
+    return parts, http.client.HTTPConnection(
+        host, port or http.client.HTTP_PORT, timeout=timeout_seconds
+    )
 
 
 def parse(text: str) -> Samples:

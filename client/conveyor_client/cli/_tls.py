@@ -96,7 +96,7 @@ def explain(target: str, files: TlsFiles | None) -> str:
     host, port = matched[1], int(matched[2])
     try:
         connection = socket.create_connection((host, port), timeout=_PROBE_SECONDS_MAX)
-    except OSError:
+    except (OSError, UnicodeError):  # the latter: no host can have that name
         return ""
     with connection:
         if files is None:
