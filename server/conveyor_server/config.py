@@ -57,6 +57,16 @@ class ConfigError(Exception):
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _flags_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
+        # Python, and pydantic with it, takes true for 1.
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and kind in (int, float):
+            expected = "a whole number" if kind is int else "a number"
+            raise ValueError(f"found {str(value).lower()}; expected {expected}")
+        return value
+
 
 class ListenConfig(_Section):
     """Where the server answers."""
