@@ -88,8 +88,7 @@ def _table(file: Path, data: bytes) -> npt.NDArray[np.generic]:
         if len(rows[-1]) != len(rows[0]):
             raise MemoryRefused(
                 f"{file}: line {number}: {len(rows[-1])} numbers; expected {len(rows[0])}, as in"
-                " the"
-                " first row"
+                " the first row"
             )
     return np.array(rows, dtype=np.float64).reshape(len(rows), -1 if rows else 0)
 

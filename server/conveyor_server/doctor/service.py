@@ -131,9 +131,8 @@ def check_ports(config: Config) -> Iterator[Finding]:
             yield warn(
                 "ports",
                 f"{setting} {address} is in use",
-                "fine if that is this server, running; else stop what listens there (`ss"
-                " -ltnp`), or"
-                f" set {setting} to another port",
+                "fine if that is this server, running; else stop what listens there (`ss -ltnp`),"
+                f" or set {setting} to another port",
             )
         else:
             yield fail(

@@ -37,6 +37,5 @@ def check_token(token: str, session_id: str, incarnation: str) -> None:
     if its_incarnation != incarnation:
         raise StoreLostWrites(
             f"session {session_id!r} was opened before this server restarted, and its state is"
-            " gone;"
-            " open a new session"
+            " gone; open a new session"
         )
