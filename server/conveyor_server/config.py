@@ -28,6 +28,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from conveyor.os_errors import os_error_text
 from conveyor_server.environment import (
     DELIMITER,
     PREFIX,
@@ -36,7 +37,6 @@ from conveyor_server.environment import (
     environment_problems,
     other_case,
 )
-from conveyor_server.errors import os_error_text
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -61,7 +61,7 @@ class _Section(BaseModel):
     @classmethod
     def _flags_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
         # Python, and pydantic with it, takes true for 1.
-        kind = cls.model_fields[info.field_name or ""].annotation
+        kind: object = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and kind in (int, float):
             expected = "a whole number" if kind is int else "a number"
             raise ValueError(f"found {str(value).lower()}; expected {expected}")

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TypeAlias
 from urllib.parse import SplitResult, urlsplit
 
+from conveyor.os_errors import os_reason
 from conveyor_client._errors import TransportError
 
 Labels: TypeAlias = tuple[tuple[str, str], ...]
@@ -44,8 +45,8 @@ def fetch(url: str, timeout_seconds: float, context: ssl.SSLContext | None = Non
             )
         return parse(response.read(_EXPOSITION_BYTES_MAX).decode())
     except OSError as error:
-        why = (error.strerror or str(error)).lower()
-        raise TransportError(f"cannot reach {url}: {why}", reason="TRANSPORT") from error
+        message = f"cannot reach {url}: {os_reason(error)}"
+        raise TransportError(message, reason="TRANSPORT") from error
     except (http.client.HTTPException, UnicodeDecodeError) as error:
         message = f"{url}: what answers there does not speak HTTP with metrics"
         raise TransportError(message, reason="TRANSPORT") from error

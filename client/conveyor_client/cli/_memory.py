@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from conveyor_client.cli._common import fail, os_error_text
+from conveyor.os_errors import os_error_text
+from conveyor_client.cli._common import fail
 
 MEMORY_FILE_BYTES_MAX = 256 * 1024 * 1024
 

@@ -9,10 +9,10 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from conveyor.oip import inference_pb2, inference_pb2_grpc
+from conveyor.os_errors import os_error_text
 from conveyor.v1 import model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
 from conveyor_server.config import LimitsConfig, ListenConfig
 from conveyor_server.core import ModelInfo
-from conveyor_server.errors import os_error_text
 from conveyor_server.rpc.calls import Authenticator, CallInterceptor
 from conveyor_server.rpc.health import NOT_SERVING, SERVICE_UNKNOWN, SERVING, Health
 from conveyor_server.rpc.models import ModelServicer
