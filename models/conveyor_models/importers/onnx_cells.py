@@ -19,15 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conveyor_models.importers.common import (
-    ImportedLayer,
-    blocks,
-    gru_tensors,
-    joined,
-    lstm_tensors,
-    refused,
-    tensor_of,
-)
+from conveyor_models.importers.common import ImportedLayer, refused, tensor_of
+from conveyor_models.importers.gates import blocks, gru_tensors, joined, lstm_tensors
 from conveyor_models.importers.onnx_shapes import Length
 from conveyor_models.importers.onnx_states import (
     does_not_fit,

@@ -55,8 +55,8 @@ def import_onnx(path: Path) -> ImportedModel:
     except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
         # A graph that contradicts itself; ONNX's own checker would not find all of these either.
         raise ImportFileError(
-            "its graph contradicts itself, or is larger than any model's: check the file with"
-            " onnx.checker.check_model, and export it again",
+            "its graph contradicts itself: check the file with onnx.checker.check_model, and export"
+            " it again",
             path=path,
         ) from error
 
