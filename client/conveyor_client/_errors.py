@@ -37,6 +37,7 @@ ConveyorError
 ├── DataLoss
 │   ├── SessionQuarantined
 │   ├── SnapshotCorrupt
+│   ├── ServerRestarted               the session was in the memory of an earlier process
 │   └── StoreLostWrites
 ├── SnapshotIncompatible
 ├── CheckpointNotRetained
@@ -277,6 +278,10 @@ class SessionQuarantined(DataLoss):
 
 class SnapshotCorrupt(DataLoss):
     """A snapshot or checkpoint is truncated or its checksum does not match."""
+
+
+class ServerRestarted(DataLoss):
+    """The session was opened before the server restarted, and its state was in memory only."""
 
 
 class StoreLostWrites(DataLoss):

@@ -52,6 +52,7 @@ CLASS_OF_REASON: Mapping[str, type[e.ConveyorError]] = MappingProxyType(
         "MEMORY_TOO_LARGE": e.InvalidMemory,
         "SLOW_READER": e.LimitExceeded,
         "DEVICE_OUT_OF_MEMORY": e.LimitExceeded,
+        "CALLS_LIMIT": e.LimitExceeded,
         "DEADLINE_EXCEEDED": e.DeadlineExceeded,
         "SERVER_DRAINING": e.ServerDraining,
         "ENGINE_FAILED": e.EngineFailed,
@@ -63,6 +64,7 @@ CLASS_OF_REASON: Mapping[str, type[e.ConveyorError]] = MappingProxyType(
         "STORE_UNAVAILABLE": e.StoreUnavailable,
         "STORE_LOST_WRITES": e.StoreLostWrites,
         "INVALID_TOKEN": e.InvalidToken,
+        "SERVER_RESTARTED": e.ServerRestarted,
         "UNAUTHENTICATED": e.Unauthenticated,
     }
 )

@@ -1,6 +1,7 @@
 """The only place that wires objects: it starts, drains and stops the server in order."""
 
 import asyncio
+import ctypes
 import gc
 import json
 import logging
@@ -21,6 +22,7 @@ from conveyor_server.admission.admission import Admission
 from conveyor_server.clock import SystemClock
 from conveyor_server.config import Config, TracingConfig
 from conveyor_server.core import SessionState, Tier
+from conveyor_server.descriptors import DescriptorWatch, connections_that_fit, raise_limit
 from conveyor_server.engine.devices import choose_device
 from conveyor_server.engine.engine import TorchEngine
 from conveyor_server.hangup import HangUp
@@ -44,6 +46,9 @@ GIL_SWITCH_SECONDS: Final = 0.0005
 
 The default of 5 ms would be felt between the event loop and the engine's thread.
 """
+M_ARENA_MAX: Final = -8
+"""The number of that parameter in glibc's malloc.h."""
+MALLOC_ARENAS_MAX: Final = 2
 EXIT_DEVICE_LOST: Final = 3
 """Exit status of a process whose device failed for good."""
 SERVER_LIMITS: Final = (
@@ -76,7 +81,7 @@ class App:
             DeviceError: The configured device is not there, or cannot be used.
             StartError: Calls are to be traced and the extra for it is not installed.
         """
-        self._config = config
+        self._config = config = _with_connections_that_fit(config)
         self._tracing = _tracing(config.tracing)
         self._clock = SystemClock()
         self._metrics = Metrics()
@@ -122,6 +127,7 @@ class App:
             ServerBroken: It stopped by a mistake of its own.
         """
         sys.setswitchinterval(GIL_SWITCH_SECONDS)
+        _few_malloc_arenas()
         self._clear_ready_file()
         server = GrpcServer(
             Services(
@@ -164,7 +170,10 @@ class App:
         _quiet_garbage_collector()
         address = await server.start(self._config.listen)
         self._announce(address, metrics_address)
+        descriptors = DescriptorWatch(self._metrics.descriptors_exhausted)
+        descriptors.start()
         await self._stop_asked.wait()
+        descriptors.stop()
         reloader.stop()
         await self._stop(server)
 
@@ -348,8 +357,25 @@ def _tracing(config: TracingConfig) -> "Tracing | None":
     return Tracing(config)
 
 
+def _with_connections_that_fit(config: Config) -> Config:
+    connections_max = connections_that_fit(config.limits.connections_max, raise_limit())
+    limits = config.limits.model_copy(update={"connections_max": connections_max})
+    return config.model_copy(update={"limits": limits})
+
+
 def _partial(file: Path) -> Path:
     return file.with_name(file.name + ".partial")
+
+
+def _few_malloc_arenas() -> None:
+    """Lets gRPC's threads share the C library's memory.
+
+    As a rule glibc has eight arenas for each processor, and each keeps the largest messages that
+    its threads once held.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc and musl have it, and the latter ignores it
+        mallopt(M_ARENA_MAX, MALLOC_ARENAS_MAX)
 
 
 def _quiet_garbage_collector() -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 PORT_MAX = 65_535
+_NUMBERS: dict[object, str] = {int: "a whole number", float: "a number"}
 _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 _ENDPOINT = r"^(https?://[^/\s]+)?$"
 _PATTERNS = {
@@ -61,9 +62,8 @@ class _Section(BaseModel):
     @classmethod
     def _flags_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
         # Python, and pydantic with it, takes true for 1.
-        kind: object = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and kind in (int, float):
-            expected = "a whole number" if kind is int else "a number"
+        expected = _NUMBERS.get(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and expected is not None:
             raise ValueError(f"found {str(value).lower()}; expected {expected}")
         return value
 
@@ -160,7 +160,36 @@ class LimitsConfig(_Section):
     streams_max: int = Field(default=4_096, ge=1)
     """StreamSteps and ModelStreamInfer calls at once."""
     concurrent_calls_max: int = Field(default=16_384, ge=1)
-    """Calls of all kinds at once; beyond it the transport itself refuses."""
+    """Calls at once, health aside, that were let in."""
+    connections_max: int = Field(default=8_192, ge=1, le=2**31 - 1)
+    """Connections at once; beyond it new ones are closed unanswered.
+
+    Where the process may open fewer files, fewer connections are taken.
+    """
+    connection_calls_max: int = Field(default=1_024, ge=1, le=2**28 - 1)
+    """Calls at once on one connection, health aside, that were let in.
+
+    The transport is told to take eight times as many, which is what a burst of short calls needs.
+    """
+    connection_idle_seconds_max: float = Field(default=120.0, gt=0, le=2**31 / 1000 - 1)
+    """Time without a call after which a connection is closed; clients connect again by themselves.
+    """
+    connection_handshake_seconds_max: float = Field(default=10.0, gt=0, le=2**31 / 1000 - 1)
+    """Time for a new connection to end its TLS handshake and to begin to speak HTTP/2."""
+    request_bytes_max: int = Field(default=256 * 2**20, ge=1024)
+    """Bytes of unary requests that are handled at once.
+
+    One that takes its time to arrive counts as the largest there may be. A single one always fits.
+    """
+    message_seconds_max: float = Field(default=5.0, gt=0)
+    """Time for the message of a unary request to arrive."""
+    health_calls_max: int = Field(default=1_024, ge=1)
+    """Calls of Health.Watch at once, and calls of Health.Check that wait for their message.
+
+    Health asks for no token. Of such Checks the one that has waited longest is given up.
+    """
+    connection_watches_max: int = Field(default=16, ge=1)
+    """Calls of Health.Watch at once on one connection."""
     memory_rows_max: int = Field(default=4_096, ge=1)
     """Rows in what one session attends over; a bundle may set a lower one for itself.
 

@@ -39,12 +39,14 @@
     │   ├── StepsInFlightLimit
     │   ├── InboxFull
     │   ├── StreamsLimit
+    │   ├── CallsLimit
     │   ├── MemoryTooLarge
     │   ├── SlowReader
     │   └── DeviceOutOfMemory
     ├── DataLost
     │   ├── SessionQuarantined
     │   ├── SnapshotCorrupt
+    │   ├── ServerRestarted
     │   └── StoreLostWrites
     ├── Unavailable
     │   ├── ServerDraining
@@ -358,6 +360,13 @@ class StreamsLimit(LimitExceeded):
     reason = "STREAMS_LIMIT"
 
 
+class CallsLimit(LimitExceeded):
+    """The server handles as many calls, or as many bytes of requests, as it may."""
+
+    reason = "CALLS_LIMIT"
+    retry_after_seconds = 0.5
+
+
 class MemoryTooLarge(LimitExceeded):
     """The attention memory has too many rows."""
 
@@ -401,6 +410,12 @@ class SnapshotCorrupt(DataLost):
     """A snapshot or checkpoint is damaged."""
 
     reason = "SNAPSHOT_CORRUPT"
+
+
+class ServerRestarted(DataLost):
+    """The token is of an earlier process, and sessions were in its memory only."""
+
+    reason = "SERVER_RESTARTED"
 
 
 class StoreLostWrites(DataLost):

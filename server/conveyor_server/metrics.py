@@ -117,6 +117,10 @@ class Metrics(Collector):
         self.rejected = Counter(
             "conveyor_rejected", "Calls, frames and chunks refused.", ("reason",)
         )
+        self.descriptors_exhausted = Counter(
+            "conveyor_descriptors_exhausted",
+            "Looks, one a second, that found no file descriptor left.",
+        )
         # From 0 on: to Prometheus a series that begins with 1 has not grown.
         for reason in reasons():
             self.rejected.add(0, reason)

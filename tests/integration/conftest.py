@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -57,9 +57,10 @@ def start_server(
         models: Path = repository,
         config: str = "",
         expected_errors: tuple[str, ...] = (),
+        program: Sequence[str] = ("-m", "conveyor_server.cli"),
     ) -> ServerProcess:
         folder = tmp_path_factory.mktemp("server")
-        server = ServerProcess(folder, models, {**(settings or {})}, config)
+        server = ServerProcess(folder, models, {**(settings or {})}, config, program)
         started.append((server, expected_errors))
         return server
 

@@ -274,7 +274,7 @@ async def test_a_token_of_another_server_life_says_that_state_is_lost(wire: Wire
     session_id = await wire.new_session("tiny")
     token = base64.urlsafe_b64encode(f"{'0' * 32}/1/{session_id}".encode()).decode().rstrip("=")
     said = await refused(wire.open(session_id=session_id, token=token))
-    assert said == Refusal("DATA_LOSS", "STORE_LOST_WRITES")
+    assert said == Refusal("DATA_LOSS", "SERVER_RESTARTED")
     mine = (await wire.open(session_id=session_id)).token
     other = await wire.new_session("tiny")
     assert await refused(wire.open(session_id=other, token=mine)) == Refusal(

@@ -51,7 +51,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_SESSION_MISMATCH: _ErrorReason.ValueType  # 19
     """(FAILED_PRECONDITION) The session exists, but with another model, version, memory or option than the request names."""
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 30
-    """(INVALID_ARGUMENT) A field is missing, malformed or out of its range; the metadata key "field" names it."""
+    """(INVALID_ARGUMENT) A field is missing, malformed or out of its range; the metadata key "field" names it. It is
+    "message" where the bytes are no message of the method's type, or where there are none.
+    """
     ERROR_REASON_INVALID_SHAPE: _ErrorReason.ValueType  # 31
     """(INVALID_ARGUMENT) The payload does not have the bytes that so many steps, or memory rows, of this model take."""
     ERROR_REASON_NON_FINITE_INPUT: _ErrorReason.ValueType  # 32
@@ -92,8 +94,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """(RESOURCE_EXHAUSTED) The client reads its results too slowly."""
     ERROR_REASON_DEVICE_OUT_OF_MEMORY: _ErrorReason.ValueType  # 78
     """(RESOURCE_EXHAUSTED) The device is out of memory."""
+    ERROR_REASON_CALLS_LIMIT: _ErrorReason.ValueType  # 79
+    """(RESOURCE_EXHAUSTED) The server has as many calls, or as many bytes of requests, as it may."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 90
-    """(DEADLINE_EXCEEDED) The chunk did not start before its deadline, so it was not run."""
+    """(DEADLINE_EXCEEDED) The chunk did not start before its deadline, or the call's message did not come; nothing was run."""
     ERROR_REASON_SERVER_DRAINING: _ErrorReason.ValueType  # 91
     """(UNAVAILABLE) The server is shutting down. Connect again, to another one if there is one."""
     ERROR_REASON_ENGINE_FAILED: _ErrorReason.ValueType  # 92
@@ -114,6 +118,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """(DATA_LOSS) The session's token comes from an earlier run of the store: acknowledged writes may be gone."""
     ERROR_REASON_INVALID_TOKEN: _ErrorReason.ValueType  # 115
     """(INVALID_ARGUMENT) The session token is malformed, or of another session."""
+    ERROR_REASON_SERVER_RESTARTED: _ErrorReason.ValueType  # 116
+    """(DATA_LOSS) The session token is from before the server restarted, and the sessions were in its memory only."""
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 130
     """(UNAUTHENTICATED) The credentials are missing, malformed or unknown."""
 
@@ -125,8 +131,7 @@ class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     value is never given a second meaning. Where waiting and trying again can help, google.rpc.RetryInfo says how long.
 
     The transport refuses a few things by itself, before the service sees them and so without ErrorInfo: a message or
-    metadata far above the limits and more calls at once than limits.concurrent_calls_max (all RESOURCE_EXHAUSTED), and
-    an unknown method (UNIMPLEMENTED).
+    metadata far above the limits (RESOURCE_EXHAUSTED), and an unknown method (UNIMPLEMENTED).
 
     The status code that goes with each reason is in parentheses.
     """
@@ -160,7 +165,9 @@ ERROR_REASON_SESSION_QUARANTINED: ErrorReason.ValueType  # 18
 ERROR_REASON_SESSION_MISMATCH: ErrorReason.ValueType  # 19
 """(FAILED_PRECONDITION) The session exists, but with another model, version, memory or option than the request names."""
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 30
-"""(INVALID_ARGUMENT) A field is missing, malformed or out of its range; the metadata key "field" names it."""
+"""(INVALID_ARGUMENT) A field is missing, malformed or out of its range; the metadata key "field" names it. It is
+"message" where the bytes are no message of the method's type, or where there are none.
+"""
 ERROR_REASON_INVALID_SHAPE: ErrorReason.ValueType  # 31
 """(INVALID_ARGUMENT) The payload does not have the bytes that so many steps, or memory rows, of this model take."""
 ERROR_REASON_NON_FINITE_INPUT: ErrorReason.ValueType  # 32
@@ -201,8 +208,10 @@ ERROR_REASON_SLOW_READER: ErrorReason.ValueType  # 77
 """(RESOURCE_EXHAUSTED) The client reads its results too slowly."""
 ERROR_REASON_DEVICE_OUT_OF_MEMORY: ErrorReason.ValueType  # 78
 """(RESOURCE_EXHAUSTED) The device is out of memory."""
+ERROR_REASON_CALLS_LIMIT: ErrorReason.ValueType  # 79
+"""(RESOURCE_EXHAUSTED) The server has as many calls, or as many bytes of requests, as it may."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 90
-"""(DEADLINE_EXCEEDED) The chunk did not start before its deadline, so it was not run."""
+"""(DEADLINE_EXCEEDED) The chunk did not start before its deadline, or the call's message did not come; nothing was run."""
 ERROR_REASON_SERVER_DRAINING: ErrorReason.ValueType  # 91
 """(UNAVAILABLE) The server is shutting down. Connect again, to another one if there is one."""
 ERROR_REASON_ENGINE_FAILED: ErrorReason.ValueType  # 92
@@ -223,6 +232,8 @@ ERROR_REASON_STORE_LOST_WRITES: ErrorReason.ValueType  # 114
 """(DATA_LOSS) The session's token comes from an earlier run of the store: acknowledged writes may be gone."""
 ERROR_REASON_INVALID_TOKEN: ErrorReason.ValueType  # 115
 """(INVALID_ARGUMENT) The session token is malformed, or of another session."""
+ERROR_REASON_SERVER_RESTARTED: ErrorReason.ValueType  # 116
+"""(DATA_LOSS) The session token is from before the server restarted, and the sessions were in its memory only."""
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 130
 """(UNAUTHENTICATED) The credentials are missing, malformed or unknown."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

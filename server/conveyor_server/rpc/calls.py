@@ -2,96 +2,75 @@
 
 Here it is told who calls, how the call is counted and how its errors leave. An interceptor acts
 once for each call; the messages of a stream never pass through it.
+
+To gRPC every call is one that streams its request: a unary one is then read only after it was let
+in, and by us, so that its time and its bytes are bounded and what cannot be parsed is answered
+like any other mistake of the caller.
+
+An exception keeps the frames it came through, and they keep the request. So no frame here keeps an
+exception, and none leaves with its traceback: the request is let go of when its call ends, and not
+when the garbage collector comes by.
 """
 
 import asyncio
-import contextvars
-import hmac
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
 
 from conveyor_server.clock import Clock
-from conveyor_server.errors import ConveyorError, Internal, MessageTooLarge, Unauthenticated
+from conveyor_server.errors import ConveyorError, Internal, InvalidField
 from conveyor_server.metrics import Metrics
+from conveyor_server.rpc.access import Authenticator, act_for, check_size, size_of
+from conveyor_server.rpc.bounds import CallBounds
+from conveyor_server.rpc.receiving import Receiver
 from conveyor_server.rpc.status import abort, code_of
 
 if TYPE_CHECKING:  # it needs an extra
     from conveyor_server.rpc.tracing import Tracing
 
-ANONYMOUS: Final = "anonymous"
 UNKNOWN_METHOD: Final = "unknown"
-_BEARER: Final = "Bearer "
 STATUS_SECONDS_MAX: Final = 30.0
 """For a client to take the status of a call that was refused, behind what it has not read."""
 _OURS: Final = ("conveyor.", "inference.")
 _NOT_TRACED: Final = "grpc."
 """Health and reflection are asked all day long."""
-_OPEN_TO_ALL: Final = frozenset(f"/grpc.health.v1.Health/{name}" for name in ("Check", "Watch"))
-"""Whoever balances load has no token. List names the models, as ListModels does."""
+_OPEN_TO_ALL: Final = frozenset(("grpc.health.v1.Health", name) for name in ("Check", "Watch"))
+"""Whoever balances load has no token; these have bounds of their own. List names the models."""
 
-_principal: contextvars.ContextVar[str] = contextvars.ContextVar("principal", default=ANONYMOUS)
 _log = logging.getLogger(__name__)
 
 Handler = Callable[[Any, Any], Awaitable[Any]]
-
-
-def principal() -> str:
-    """The authenticated caller of the call being handled."""
-    return _principal.get()
-
-
-class Authenticator:
-    """Maps bearer tokens to principals."""
-
-    def __init__(self, tokens: Mapping[str, str]) -> None:
-        """Without tokens everybody is the one principal `anonymous`."""
-        self._tokens = {token.encode(): name for token, name in tokens.items()}
-
-    def authenticate(self, metadata: Mapping[str, str | bytes]) -> str:
-        """Returns the caller's principal.
-
-        Raises:
-            Unauthenticated: No token, a malformed or an unknown one.
-        """
-        if not self._tokens:
-            return ANONYMOUS
-        value = metadata.get("authorization", "")
-        if not isinstance(value, str) or not value.startswith(_BEARER):
-            raise Unauthenticated(
-                "this server needs a token: send metadata 'authorization: Bearer TOKEN'"
-            )
-        given = value.removeprefix(_BEARER).encode()
-        found = None
-        for token, name in self._tokens.items():  # all of them, so that time tells nothing
-            if hmac.compare_digest(token, given):
-                found = name
-        if found is None:
-            raise Unauthenticated("the server does not know this bearer token (auth.tokens)")
-        return found
+Parse = Callable[[bytes], Any]
+E = TypeVar("E", bound=BaseException)
 
 
 class CallInterceptor(aio.ServerInterceptor):
-    """Authenticates, counts, and turns exceptions into statuses."""
+    """Authenticates, bounds, counts, and turns exceptions into statuses."""
 
     def __init__(
         self,
         authenticator: Authenticator,
+        bounds: CallBounds,
+        receiver: Receiver,
         metrics: Metrics,
         clock: Clock,
         metadata_bytes_max: int,
         tracing: "Tracing | None" = None,
     ) -> None:
         """Limits as in `config.LimitsConfig`; without `tracing` no call is traced."""
-        self._authenticator = authenticator
-        self._metrics = metrics
-        self._clock = clock
-        self._metadata_bytes_max = metadata_bytes_max
-        self._tracing = tracing
+        self.authenticator = authenticator
+        self.bounds = bounds
+        self.receiver = receiver
+        self.metrics = metrics
+        self.clock = clock
+        self.metadata_bytes_max = metadata_bytes_max
+        self.tracing = tracing
+        self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     async def intercept_service(
         self,
@@ -99,81 +78,131 @@ class CallInterceptor(aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         """Wraps the handler of a call."""
+        method = str(handler_call_details.method)
+        wrapped = self._wrapped.get(method)
+        if wrapped is not None:
+            return wrapped
         handler = await continuation(handler_call_details)
         if handler is None:
             labels = (UNKNOWN_METHOD, UNKNOWN_METHOD, UNKNOWN_METHOD)
-            self._metrics.grpc_started.add(1, *labels)
-            self._metrics.grpc_handled.add(1, *labels, grpc.StatusCode.UNIMPLEMENTED.name)
+            self.metrics.grpc_started.add(1, *labels)
+            self.metrics.grpc_handled.add(1, *labels, grpc.StatusCode.UNIMPLEMENTED.name)
             return None
-        method = str(handler_call_details.method)
-        kind = _kind(handler)
-        inner = getattr(handler, kind)
-        if inspect.isasyncgenfunction(inner):
-            inner = _written(inner)
-        return getattr(grpc, f"{kind}_rpc_method_handler")(
-            self._wrap(inner, method, kind),
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
+        # Only methods that exist come here, so there are few of them.
+        self._wrapped[method] = _Method(self, method, handler).wrapped()
+        return self._wrapped[method]
+
+
+class _Method:
+    """One method, with what its calls go through."""
+
+    def __init__(self, door: CallInterceptor, method: str, handler: Any) -> None:
+        _, self.service, self.name = method.split("/")
+        self._door = door
+        self._kind = _kind(handler)
+        self._unary_request = not handler.request_streaming
+        self._unary_response = not handler.response_streaming
+        self._parse = _parsing(handler.request_deserializer)
+        self._serialize = handler.response_serializer
+        inner = getattr(handler, self._kind)
+        self._inner: Handler = _written(inner) if inspect.isasyncgenfunction(inner) else inner
+        self._ours = self.service.startswith(_OURS)  # these raise, and never abort by themselves
+        self._open_to_all = (self.service, self.name) in _OPEN_TO_ALL
+        self._tracing = None if self.service.startswith(_NOT_TRACED) else door.tracing
+        self._labels = (self._kind, self.service, self.name)
+
+    def wrapped(self) -> Any:
+        """The handler for gRPC."""
+        make = (
+            grpc.stream_unary_rpc_method_handler
+            if self._unary_response
+            else grpc.stream_stream_rpc_method_handler
+        )
+        return make(
+            self._call,
+            request_deserializer=None if self._unary_request else self._parse,
+            response_serializer=None if self._unary_response else self._serialize,
         )
 
-    def _wrap(self, inner: Handler, method: str, kind: str) -> Handler:
-        _, service, name = method.split("/")
-        labels = (kind, service, name)
-        ours = service.startswith(_OURS)  # these raise, and never abort by themselves
-        tracing = None if service.startswith(_NOT_TRACED) else self._tracing
+    async def _call(self, messages: Any, context: Any) -> Any:
+        started = self._door.clock.monotonic()
+        metadata = context.invocation_metadata() or ()
+        self._door.metrics.grpc_started.add(1, *self._labels)
+        span = self._tracing and self._tracing.begin(self.service, self.name, metadata)
 
-        async def call(request: Any, context: Any) -> Any:
-            started = self._clock.monotonic()
-            self._metrics.grpc_started.add(1, *labels)
-            span = tracing and tracing.begin(service, name, context.invocation_metadata() or ())
-            if not ours:
-                context = _Watched(context)
+        def handled(code: grpc.StatusCode, reason: str = "") -> None:
+            metrics = self._door.metrics
+            metrics.grpc_handled.add(1, *self._labels, code.name)
+            metrics.grpc_seconds.observe(self._door.clock.monotonic() - started, *self._labels)
+            if span is not None:
+                span.end(code, reason)
 
-            def handled(code: grpc.StatusCode, reason: str = "") -> None:
-                if kind.startswith("unary"):
-                    self._metrics.grpc_received.add(1, *labels)
-                self._metrics.grpc_handled.add(1, *labels, code.name)
-                self._metrics.grpc_seconds.observe(self._clock.monotonic() - started, *labels)
-                if span is not None:
-                    span.end(code, reason)
-
-            try:
-                self._admit(method, context)
-                response = await inner(request, context)
-            except ConveyorError as error:
-                refusal = error
-            except aio.AbortError:
-                handled(context.aborted_with)
-                raise
-            except Exception:  # noqa: BLE001  a bug fails its call, not the server
-                _log.exception("a call failed by our own mistake", extra={"method": method})
-                refusal = Internal()
-            except BaseException:
-                handled(grpc.StatusCode.CANCELLED)
-                raise
-            else:
-                handled(grpc.StatusCode.OK)
-                if kind == "unary_unary":
-                    self._metrics.grpc_sent.add(1, *labels)
-                return response
-            self._metrics.rejected.add(1, refusal.reason)
+        try:
+            outcome = await self._outcome(messages, context, metadata)
+        except BaseException:
+            handled(grpc.StatusCode.CANCELLED)
+            raise
+        if isinstance(outcome, grpc.StatusCode):  # aborted by a handler that is not ours
+            handled(outcome)
+            return None
+        if isinstance(outcome, ConveyorError):
+            self._door.metrics.rejected.add(1, outcome.reason)
             # Before the end: a client that reads nothing keeps its status away.
-            handled(code_of(refusal), refusal.reason)
-            return await _end(context, refusal)
+            handled(code_of(outcome), outcome.reason)
+            await _end(context, outcome)
+            return None
+        handled(grpc.StatusCode.OK)
+        if self._kind == "unary_unary":
+            self._door.metrics.grpc_sent.add(1, *self._labels)
+        return outcome
 
-        return call
+    async def _outcome(self, messages: Any, context: Any, metadata: Any) -> Any:
+        """The response, or the error or the status that the call ends with in place of it.
 
-    def _admit(self, method: str, context: Any) -> None:
-        metadata: dict[str, str | bytes] = dict(context.invocation_metadata() or ())
-        size = sum(len(key) + len(value) for key, value in metadata.items())
-        if size > self._metadata_bytes_max:
-            raise MessageTooLarge(
-                f"the metadata has {size:,} bytes",
-                limit="limits.metadata_bytes_max",
-                maximum=self._metadata_bytes_max,
-            )
-        if method not in _OPEN_TO_ALL:
-            _principal.set(self._authenticator.authenticate(metadata))
+        Raises:
+            CancelledError: The call was cancelled, or its client is gone.
+        """
+        watched = context if self._ours else _Watched(context)
+        try:
+            return await self._admitted(messages, watched, metadata)
+        except ConveyorError as error:
+            return bare(error)
+        except aio.AbortError as error:
+            bare(error)
+            return watched.aborted_with
+        except aio.BaseError as error:  # what is left of these says that the call is over
+            _log.debug("a call ended under its handler", extra={"problem": str(error)})
+        except Exception:  # noqa: BLE001  a bug fails its call, not the server
+            method = f"/{self.service}/{self.name}"
+            _log.exception("a call failed by our own mistake", extra={"method": method})
+            return Internal()
+        raise asyncio.CancelledError
+
+    async def _admitted(self, messages: Any, context: Any, metadata: Any) -> Any:
+        """Lets the call in, and runs it."""
+        door = self._door
+        size = size_of(metadata)
+        door.receiver.let_go(size)  # gRPC keeps it in a circle of its own
+        check_size(size, door.metadata_bytes_max)
+        if not self._open_to_all:
+            act_for(door.authenticator.authenticate(metadata))
+            with door.bounds.calls.counted(context.peer()):
+                return await self._run(messages, context)
+        if self._unary_response:
+            return await self._run(messages, context)
+        with door.bounds.watches.counted(context.peer()):
+            return await self._run(messages, context)
+
+    async def _run(self, messages: Any, context: Any) -> Any:
+        if not self._unary_request:
+            return await self._inner(messages, context)
+        received = await self._door.receiver.read(context, first_out=self._open_to_all)
+        self._door.metrics.grpc_received.add(1, *self._labels)
+        try:
+            response = await self._inner(self._parse(received.take()), context)
+            return self._serialize(response) if self._unary_response else None
+        finally:
+            received.release()
 
 
 class _Watched:
@@ -191,6 +220,12 @@ class _Watched:
         await self._context.abort(code, *details, **more)
 
 
+def bare(error: E) -> E:
+    """Takes from an error the frames that it came through, and the errors behind it."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
+
+
 def _written(responses: Callable[[Any, Any], AsyncIterator[Any]]) -> Handler:
     """Makes a handler that yields its responses one that writes them, as ours do."""
 
@@ -201,17 +236,35 @@ def _written(responses: Callable[[Any, Any], AsyncIterator[Any]]) -> Handler:
     return write
 
 
-async def _end(context: Any, refusal: ConveyorError) -> NoReturn:
+def _parsing(deserialize: Parse) -> Parse:
+    """Makes a message that cannot be parsed an error of the caller's."""
+
+    def parse(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            raise InvalidField("message", "not a message of this method's type") from error
+
+    return parse
+
+
+async def _end(context: Any, refusal: ConveyorError) -> None:
+    """Sends the status of a call that was refused.
+
+    Raises:
+        CancelledError: It could not be sent; this resets the call.
+    """
     try:
         # The status stands behind what was written, and a client may never read that.
         async with asyncio.timeout(STATUS_SECONDS_MAX):
             await abort(context, refusal)
-    except aio.AbortError:
-        raise
-    except Exception as error:
+    except aio.AbortError as error:
+        bare(error)  # gRPC keeps it, and goes by it once the handler has returned
+        return
+    except Exception as error:  # noqa: BLE001
         # Out of time, or the client went; grpc's own class for that is not public.
-        _log.debug("a call ended without its status", exc_info=True)
-        raise asyncio.CancelledError from error  # resets the call
+        _log.debug("a call ended without its status", extra={"problem": str(error)})
+    raise asyncio.CancelledError
 
 
 def _kind(handler: Any) -> str:

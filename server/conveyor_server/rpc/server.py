@@ -1,6 +1,7 @@
 """The gRPC server: services, health, reflection, transport limits."""
 
 import asyncio
+import logging
 import socket
 from typing import Final
 
@@ -13,10 +14,13 @@ from conveyor.os_errors import os_error_text
 from conveyor.v1 import model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
 from conveyor_server.config import LimitsConfig, ListenConfig
 from conveyor_server.core import ModelInfo
-from conveyor_server.rpc.calls import Authenticator, CallInterceptor
+from conveyor_server.rpc.access import Authenticator
+from conveyor_server.rpc.bounds import CallBounds
+from conveyor_server.rpc.calls import CallInterceptor
 from conveyor_server.rpc.health import NOT_SERVING, SERVICE_UNKNOWN, SERVING, Health
 from conveyor_server.rpc.models import ModelServicer
 from conveyor_server.rpc.oip.servicer import InferenceServicer
+from conveyor_server.rpc.receiving import Receiver
 from conveyor_server.rpc.service import Services
 from conveyor_server.rpc.sessions import SessionServicer
 from conveyor_server.rpc.streams import Streams
@@ -32,6 +36,13 @@ some every 10 s or less. gRPC's own default is 5 minutes, and 2 hours while ther
 """
 PING_STRIKES_MAX: Final = 4
 """Pings that come sooner than that, until a result is sent; one more ends the connection."""
+
+STREAMS_PER_CALL: Final = 8
+"""Streams that the transport takes on a connection for each call that we let in."""
+PENDING_CALLS_MIN: Final = 8_192
+"""Calls of one method that may wait for us, however few are let in at once."""
+UNREAD_BYTES_MAX: Final = 256 * 2**10
+"""What the transport takes of a stream ahead of our reading it."""
 
 _FRAME_BYTES = 64 * 2**10
 _ENTRY_BYTES = 32
@@ -70,16 +81,17 @@ class GrpcServer:
         self._serving: dict[str, set[int]] = {}
         self._started = self._draining = False
         interceptor = CallInterceptor(
-            Authenticator(config.auth.tokens),
-            services.metrics,
-            services.clock,
-            config.limits.metadata_bytes_max,
-            services.tracing,
+            authenticator=Authenticator(config.auth.tokens),
+            bounds=CallBounds(config.limits),
+            receiver=Receiver(config.limits, transport_message_bytes_max(config.limits)),
+            metrics=services.metrics,
+            clock=services.clock,
+            metadata_bytes_max=config.limits.metadata_bytes_max,
+            tracing=services.tracing,
         )
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_is_of_interest)
         self._server = aio.server(
-            interceptors=[interceptor],
-            options=transport_options(config.limits),
-            maximum_concurrent_rpcs=config.limits.concurrent_calls_max,
+            interceptors=[interceptor], options=transport_options(config.limits)
         )
         session_pb2_grpc.add_SessionServiceServicer_to_server(
             SessionServicer(services, self._streams), self._server
@@ -158,21 +170,46 @@ class GrpcServer:
             await asyncio.wait(calls, timeout=CUT_SECONDS_MAX)
 
 
+def _is_of_interest(record: logging.LogRecord) -> bool:
+    """Whether a line of gRPC's is more than a caller's going, which it calls an internal error."""
+    kind = record.exc_info and record.exc_info[0]
+    return not (kind and issubclass(kind, aio.InternalError))
+
+
+def transport_message_bytes_max(limits: LimitsConfig) -> int:
+    """The largest message that the transport lets through; beyond `message_bytes_max` we refuse."""
+    message_bytes_max = (
+        limits.message_bytes_max + _FRAME_BYTES + _ENTRY_BYTES * limits.frame_entries_max
+    )
+    return min(message_bytes_max, 2**31 - 1)
+
+
 def transport_options(limits: LimitsConfig) -> list[tuple[str, int]]:
     """The options of the server's transport.
 
     Its own limits stand above ours, so that ours speak first and with a reason.
     """
-    message_bytes_max = (
-        limits.message_bytes_max + _FRAME_BYTES + _ENTRY_BYTES * limits.frame_entries_max
-    )
+    pending_max = max(PENDING_CALLS_MIN, limits.concurrent_calls_max)
     return [
-        ("grpc.max_receive_message_length", min(message_bytes_max, 2**31 - 1)),
+        ("grpc.max_receive_message_length", transport_message_bytes_max(limits)),
         # Results are bounded by what was asked for; the client states its own limit.
         ("grpc.max_send_message_length", -1),
         # Between the two gRPC refuses at random, the more likely the larger.
         ("grpc.max_metadata_size", 4 * limits.metadata_bytes_max),
         ("grpc.absolute_max_metadata_size", 8 * limits.metadata_bytes_max),
+        # A stream counts until we have let go of it, also one that was reset: gRPC refuses a flood
+        # of those by itself. A call whose end the client saw counts as well, hence the room.
+        ("grpc.max_concurrent_streams", STREAMS_PER_CALL * limits.connection_calls_max),
+        # Calls of one method that wait for us. gRPC cancels at random what comes beyond.
+        ("grpc.server.max_pending_requests", pending_max),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * pending_max),
+        ("grpc.max_allowed_incoming_connections", limits.connections_max),
+        ("grpc.max_connection_idle_ms", int(1000 * limits.connection_idle_seconds_max)),
+        ("grpc.server_handshake_timeout_ms", int(1000 * limits.connection_handshake_seconds_max)),
+        # What a client may send of a call before it is read for. gRPC would let this grow with the
+        # speed of the link, to megabytes of every call that is going to be refused.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", UNREAD_BYTES_MAX),
         # Two servers on one port would each hold half of the sessions.
         ("grpc.so_reuseport", 0),
         ("grpc.keepalive_time_ms", 30_000),

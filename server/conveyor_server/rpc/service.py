@@ -5,6 +5,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from grpc import aio
@@ -62,22 +63,27 @@ async def session_for_call(
 
 
 class Waiter:
-    """A reply that a coroutine waits for."""
+    """A reply that a coroutine waits for.
+
+    Neither the reply nor what resolves it knows the waiter: in a circle, the answer would stay in
+    memory until the garbage collector comes by.
+    """
 
     def __init__(self) -> None:
         """On the running loop."""
         self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.reply = Collected(self._settle)
+        self.reply = Collected(partial(_resolve, self._future))
 
     async def wait(self) -> Collected:
         """Returns the whole answer, or raises the error it failed with."""
         await self._future
         return self.reply
 
-    def _settle(self, error: ConveyorError | None) -> None:
-        if self._future.done():  # the call was cancelled
-            return
-        if error is None:
-            self._future.set_result(None)
-        else:
-            self._future.set_exception(error)
+
+def _resolve(future: "asyncio.Future[None]", error: ConveyorError | None) -> None:
+    if future.done():  # the call was cancelled
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)

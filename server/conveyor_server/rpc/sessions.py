@@ -7,7 +7,7 @@ from conveyor_server.admission.admission import Binding, Entry
 from conveyor_server.admission.fields import check_session_id, page_size
 from conveyor_server.core import SessionView
 from conveyor_server.errors import InvalidField, NotSupported, SessionSuperseded
-from conveyor_server.rpc.calls import principal
+from conveyor_server.rpc.access import principal
 from conveyor_server.rpc.convert import open_request, opened_message, seconds, session_message
 from conveyor_server.rpc.generate import generate
 from conveyor_server.rpc.predict import predict

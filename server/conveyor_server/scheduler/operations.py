@@ -77,7 +77,7 @@ class Operations:
         Raises:
             ServerDraining, NotSupported, ModelNotFound, ModelNotStreamable, SessionNotFound,
             SessionEnded, SessionExists, SessionMismatch, SessionsLimit, PrincipalSessionsLimit,
-            InvalidToken, InvalidMemory, InvalidShape, MemoryTooLarge, StoreLostWrites.
+            InvalidToken, InvalidMemory, InvalidShape, MemoryTooLarge, ServerRestarted.
         """
         if self.draining:
             raise ServerDraining

@@ -7,7 +7,7 @@ It tells a server that lost its memory from one that has it.
 import base64
 import binascii
 
-from conveyor_server.errors import InvalidToken, StoreLostWrites
+from conveyor_server.errors import InvalidToken, ServerRestarted
 
 
 def make_token(session_id: str, epoch: int, incarnation: str) -> str:
@@ -21,7 +21,7 @@ def check_token(token: str, session_id: str, incarnation: str) -> None:
 
     Raises:
         InvalidToken: Malformed, or of another session.
-        StoreLostWrites: Of another memory.
+        ServerRestarted: Of another memory.
     """
     try:
         padded = token + "=" * (-len(token) % 4)
@@ -35,7 +35,7 @@ def check_token(token: str, session_id: str, incarnation: str) -> None:
     if its_session_id != session_id:
         raise InvalidToken(f"the session token belongs to another session, not to {session_id!r}")
     if its_incarnation != incarnation:
-        raise StoreLostWrites(
-            f"session {session_id!r} was opened before this server restarted, and its state is"
-            " gone; open a new session"
+        raise ServerRestarted(
+            f"session {session_id!r} was opened before this server restarted; sessions are kept in"
+            " memory only, so its state is gone. Open a new session"
         )

@@ -334,7 +334,8 @@ UNITS = ("_seconds", "_bytes", "_steps", "_sessions", "_chunks", "_entries", "_r
 COUNTS = {
     "sessions_max", "streams_max", "labels_max", "steps_in_flight_max", "concurrent_calls_max",
     "slots", "cpu_threads", "predictions_max", "running_predictions_max", "events_max",
-    "spans_queued_max", "sample_ratio",
+    "spans_queued_max", "sample_ratio", "connections_max", "connection_calls_max",
+    "connection_watches_max", "health_calls_max",
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conveyor_server.core import OpenMode
-from conveyor_server.errors import InvalidToken, SessionExpired, StoreLostWrites
+from conveyor_server.errors import InvalidToken, ServerRestarted, SessionExpired
 from conveyor_server.sessions.tokens import check_token, make_token
 from tests.support.rig import Rig
 
@@ -29,19 +29,19 @@ def test_a_token_passes_for_its_session_and_life_only(
     check_token(token, session_id, incarnation)
     with pytest.raises(InvalidToken):
         check_token(token, session_id + "x", incarnation)
-    with pytest.raises(StoreLostWrites):
+    with pytest.raises(ServerRestarted):
         check_token(token, session_id, "another")
 
 
 @given(st.text(max_size=80))
 def test_any_text_is_refused(text: str) -> None:
-    with pytest.raises((InvalidToken, StoreLostWrites)):
+    with pytest.raises((InvalidToken, ServerRestarted)):
         check_token(text, "s", "life")
 
 
 @given(st.binary(max_size=60))
 def test_any_bytes_are_refused(data: bytes) -> None:
-    with pytest.raises((InvalidToken, StoreLostWrites)):
+    with pytest.raises((InvalidToken, ServerRestarted)):
         check_token(base64.urlsafe_b64encode(data).decode(), "s", "life")
 
 
@@ -55,7 +55,7 @@ def test_a_server_that_lost_its_memory_says_so() -> None:
     rig = Rig()
     token = rig.open().token
     assert rig.open(token=token).resumed
-    with pytest.raises(StoreLostWrites):
+    with pytest.raises(ServerRestarted):
         rig.open(token=make_token("s", 1, "an earlier life"))
     with pytest.raises(InvalidToken):
         rig.open(token="never a token")

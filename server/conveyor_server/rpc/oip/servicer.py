@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from conveyor.oip import inference_pb2
 from conveyor_server.core import ModelInfo
 from conveyor_server.errors import ConveyorError, NotSupported
-from conveyor_server.rpc.calls import principal
+from conveyor_server.rpc.access import principal
 from conveyor_server.rpc.oip import describe
 from conveyor_server.rpc.oip.refusals import Refusal, shown
 from conveyor_server.rpc.oip.requests import read, version_of
