@@ -141,7 +141,7 @@ async def test_full_traces_that_nobody_reads_are_bounded(server: ServerProcess) 
             for _ in range(8)
         ]
         attacker.flush()
-        await until(lambda: server.metric("conveyor_sessions") == sessions + len(streams))
+        await until(lambda: server.metric("conveyor_sessions") >= sessions + len(streams))
         frame = steps_frame(1, 16_384, 16, session_pb2.TRACE_MODE_FULL)
         for stream in streams:
             send(attacker, stream, frame)
