@@ -115,14 +115,14 @@ async def resets(server: ServerProcess) -> None:
 
 async def resets_behind_envoy(server: ServerProcess) -> None:
     """Quiet and attacked in turn, as other programs of the machine disturb both."""
-    with tempfile.TemporaryDirectory() as folder:
-        with EnvoyProcess(Path(folder), shipped(server.address)) as envoy:
-            for _ in range(3):
-                print("behind Envoy, quiet:", await victims(envoy.address, 5))
-                with ThreadPoolExecutor() as pool:
-                    flood = pool.submit(flood_with_resets_again, envoy.address, 9_600, 5)
-                    attacked = await victims(envoy.address, 5)
-                    print(f"attacked, cut off {flood.result()} times: {attacked}")
+    folder = tempfile.TemporaryDirectory()
+    with folder, EnvoyProcess(Path(folder.name), shipped(server.address)) as envoy:
+        for _ in range(3):
+            print("behind Envoy, quiet:", await victims(envoy.address, 5))
+            with ThreadPoolExecutor() as pool:
+                flood = pool.submit(flood_with_resets_again, envoy.address, 9_600, 5)
+                attacked = await victims(envoy.address, 5)
+                print(f"attacked, cut off {flood.result()} times: {attacked}")
 
 
 def tokens() -> None:

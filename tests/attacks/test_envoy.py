@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 import struct
 import time
@@ -169,11 +170,11 @@ async def test_rapid_reset_is_cut_off_and_costs_others_no_call(
         passed = envoy.statistic(reached) - before - len(flooded)
         assert times > 1
         assert envoy.statistic("http.clients.downstream_rq_too_many_premature_resets") >= times
+        # Of the 100 streams and more that begin on each connection, few get as far as the server.
+        assert passed < 20 * times
         # Without Envoy p99 is 100 times and more what it is in quiet.
         assert np.percentile(flooded, 99) < 20 * np.percentile(quiet, 99)
         assert np.percentile(flooded, 50) < 20 * np.percentile(quiet, 50)
-        # Of the 100 streams and more that begin on each connection, few get as far as the server.
-        assert passed < 20 * times, (passed, times)
     started, handled = "grpc_server_started_total", "grpc_server_handled_total"
     await until(lambda: server.metric(started) == server.metric(handled))
 
@@ -182,11 +183,11 @@ def test_idle_connections_and_half_open_headers_are_closed(
     hurried: EnvoyProcess, sockets: ExitStack
 ) -> None:
     half = struct.pack(">I", 40)[1:] + b"\x01\x04" + struct.pack(">I", 1) + b"\x83"
-    for said in (b"", PREFACE[:10], PREFACE, PREFACE + half):
-        connections = [sockets.enter_context(connect(hurried.address)) for _ in range(10)]
-        for connection in connections:
-            connection.sendall(said)
-        assert all(map(is_closed, connections)), said
+    connections = list[socket.socket]()
+    for said in (b"", PREFACE[:10], PREFACE, PREFACE + half) * 5:
+        connections.append(sockets.enter_context(connect(hurried.address)))
+        connections[-1].sendall(said)
+    assert all(map(is_closed, connections))
 
 
 PING: Final = b"\0\0\x08\x06\0\0\0\0\0" + bytes(8)
@@ -274,6 +275,8 @@ async def test_tls_as_the_comment_has_it(
     with context.wrap_socket(plain, server_hostname="localhost") as secured:
         assert secured.selected_alpn_protocol() == "h2"
     silent = [sockets.enter_context(connect(envoy.address)) for _ in range(10)]
+    for connection in silent[5:]:
+        connection.sendall(b"\x16\x03\x01\x02\x00\x01")  # how a handshake begins
     assert all(map(is_closed, silent))
 
 
