@@ -16,9 +16,19 @@ _CANNOT_REACH: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
         "cannot reach {target}: its host name cannot be resolved",
     ),
     (
+        ("CERTIFICATE_VERIFY_FAILED",),
+        "cannot reach {target}: its certificate is not trusted; pass its authority with"
+        " tls=Tls(root_certificates=...), or with --ca",
+    ),
+    (
         ("andshake", "SETTINGS frame", "parsing HTTP/2", "http1.x"),
         "cannot reach {target}: what answers there does not speak gRPC, or one side speaks TLS and"
         " the other does not",
+    ),
+    (
+        (": Socket closed",),  # the whole text of a stream that broke is "Socket closed"
+        "cannot reach {target}: it closed the connection; if it speaks TLS, pass tls=Tls(), or"
+        " --tls",
     ),
     (("failed to connect", "onnect failed"), "cannot reach {target}: is the server running?"),
 )

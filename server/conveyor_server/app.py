@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from conveyor.install import install_command
+from conveyor.os_errors import os_error_text
 from conveyor_server.admission.admission import Admission
 from conveyor_server.clock import SystemClock
 from conveyor_server.config import Config, TracingConfig
@@ -24,11 +25,11 @@ from conveyor_server.core import SessionState, Tier
 from conveyor_server.descriptors import DescriptorWatch, connections_that_fit, raise_limit
 from conveyor_server.engine.devices import choose_device
 from conveyor_server.engine.engine import TorchEngine
-from conveyor_server.errors import os_error_text
 from conveyor_server.hangup import HangUp
 from conveyor_server.metrics import Labels, Metrics
 from conveyor_server.monitoring import Monitoring
 from conveyor_server.reload import Reloader
+from conveyor_server.rpc.results import ResultsBudget
 from conveyor_server.rpc.server import AddressError, GrpcServer
 from conveyor_server.rpc.service import Services
 from conveyor_server.scheduler.driver import Driver
@@ -36,6 +37,7 @@ from conveyor_server.scheduler.models import ModelTable
 from conveyor_server.scheduler.operations import Operations
 from conveyor_server.scheduler.scheduler import Scheduler
 from conveyor_server.scheduler.traced import TracedDriver, TracedScheduler
+from conveyor_server.standard_error import StandardError
 from conveyor_server.store.memory import MemoryStore
 
 if TYPE_CHECKING:  # it needs an extra
@@ -58,6 +60,7 @@ SERVER_LIMITS: Final = (
     "host_state_bytes_max",
     "memories_bytes_max",
     "held_results_total_bytes_max",
+    "results_total_bytes_max",
 )
 """Settings of `limits` that a gauge of the whole server can be held against."""
 _log = logging.getLogger(__name__)
@@ -74,8 +77,12 @@ class ServerBroken(Exception):
 class App:
     """One server process."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, standard_error: StandardError | None = None) -> None:
         """Builds everything; nothing runs yet.
+
+        Args:
+            config: All settings.
+            standard_error: Where the log goes, if it is not Python's own.
 
         Raises:
             DeviceError: The configured device is not there, or cannot be used.
@@ -85,6 +92,9 @@ class App:
         self._tracing = _tracing(config.tracing)
         self._clock = SystemClock()
         self._metrics = Metrics()
+        self._standard_error = standard_error
+        if standard_error is not None:
+            standard_error.count_dropped(self._metrics.log_lines_dropped.add)
         self._device = choose_device(config.engine.device)
         self._engine = TorchEngine(
             self._device,
@@ -113,6 +123,7 @@ class App:
             metrics=self._metrics,
             wake=self._driver.wake,
         )
+        self._results = ResultsBudget(config.limits)
         self._operations = Operations(self._scheduler, uuid.uuid4().hex)
         self._stop_asked = asyncio.Event()
         self._broken = False
@@ -138,6 +149,7 @@ class App:
                 metrics=self._metrics,
                 clock=self._clock,
                 device=str(self._device),
+                results=self._results,
                 tracing=self._tracing,
             )
         )
@@ -197,6 +209,8 @@ class App:
                 "exit_status": EXIT_DEVICE_LOST,
             },
         )
+        if self._standard_error is not None:
+            self._standard_error.drain()
         os._exit(EXIT_DEVICE_LOST)
 
     async def _stop(self, server: GrpcServer) -> None:
@@ -222,7 +236,8 @@ class App:
         except OSError as error:
             why = os_error_text(error)
             raise AddressError(
-                f"listen.metrics_address: cannot listen on {listen}: {why}"
+                f"listen.metrics_address: cannot listen on {listen}: {why}; choose another"
+                " address with --metrics"
             ) from error
 
     def _clear_ready_file(self) -> None:
@@ -286,6 +301,12 @@ class App:
             "Bytes of inputs and results held for retries.",
             (),
             lambda: [((), self._scheduler.held.size_bytes)],
+        )
+        gauge(
+            "conveyor_results_bytes",
+            "Bytes of results wanted of what was taken or waiting to be read, but for free shares.",
+            (),
+            lambda: [((), self._results.size_bytes)],
         )
         gauge(
             "conveyor_inbox_chunks",

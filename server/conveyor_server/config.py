@@ -28,6 +28,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from conveyor.os_errors import os_error_text
 from conveyor_server.environment import (
     DELIMITER,
     PREFIX,
@@ -36,12 +37,12 @@ from conveyor_server.environment import (
     environment_problems,
     other_case,
 )
-from conveyor_server.errors import os_error_text
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 PORT_MAX = 65_535
+_NUMBERS: dict[object, str] = {int: "a whole number", float: "a number"}
 _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 _ENDPOINT = r"^(https?://[^/\s]+)?$"
 _PATTERNS = {
@@ -56,6 +57,15 @@ class ConfigError(Exception):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _flags_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
+        # Python, and pydantic with it, takes true for 1.
+        expected = _NUMBERS.get(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and expected is not None:
+            raise ValueError(f"found {str(value).lower()}; expected {expected}")
+        return value
 
 
 class ListenConfig(_Section):
@@ -209,6 +219,15 @@ class LimitsConfig(_Section):
     """
     result_bytes_max: int = Field(default=64 * 2**20, ge=1024)
     """Bytes of results that one chunk or one Predict call may ask for."""
+    results_total_bytes_max: int = Field(default=512 * 2**20, ge=1024)
+    """Bytes of results for all clients, wanted of what was taken or waiting to be read.
+
+    Beyond it nothing more is taken from streams until some are read, and unary calls that want
+    more than 4 KiB are refused. A stream's first 64 KiB do not count. It is
+    `principal_results_bytes_max` or more.
+    """
+    principal_results_bytes_max: int = Field(default=128 * 2**20, ge=1024)
+    """The same for the clients of one principal; `result_bytes_max` or more."""
     slow_reader_seconds_max: float = Field(default=30.0, gt=0)
     """How long a stream may stay blocked on a client that reads nothing."""
     idle_seconds_default: float = Field(default=600.0, gt=0)
@@ -335,6 +354,15 @@ class Config(BaseSettings):
                 f"limits.idle_seconds_default is {limits.idle_seconds_default:g}; expected at most"
                 f" limits.idle_seconds_max, which is {limits.idle_seconds_max:g}"
             )
+        for smaller, larger in (
+            ("result_bytes_max", "principal_results_bytes_max"),
+            ("principal_results_bytes_max", "results_total_bytes_max"),
+        ):
+            if getattr(limits, smaller) > getattr(limits, larger):
+                raise ValueError(
+                    f"limits.{smaller} is {getattr(limits, smaller)}, more than"
+                    f" limits.{larger} with {getattr(limits, larger)}"
+                )
         if (self.listen.tls_certificate_file is None) != (self.listen.tls_key_file is None):
             here, missing = ("tls_certificate_file", "tls_key_file")
             if self.listen.tls_certificate_file is None:

@@ -80,18 +80,6 @@ def limit_text(limit: str, maximum: object, model: str = "") -> str:
     return f"{limit} is {value}{f' in the model.toml of {model!r}' if model else ''}"
 
 
-def os_error_text(error: OSError, path: object = None) -> str:
-    """What went wrong with which file, without the number of the error.
-
-    Args:
-        error: What the operating system said.
-        path: The file, where the error does not name the one that was asked for.
-    """
-    named = error.filename if path is None else path
-    why = (error.strerror or str(error) or "the operating system gave no reason").lower()
-    return f"{named}: {why}" if named else why
-
-
 class ConveyorError(Exception):
     """The root. Instances of leaves only are raised.
 
@@ -393,7 +381,7 @@ class SlowReader(LimitExceeded):
 
 
 class DeviceOutOfMemory(LimitExceeded):
-    """The device has no memory left."""
+    """The device, or the server itself, has no memory left."""
 
     reason = "DEVICE_OUT_OF_MEMORY"
 

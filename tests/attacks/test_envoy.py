@@ -13,11 +13,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
+import grpc
 import hpack
 import numpy as np
 import pytest
 import yaml
 from grpc import aio
+from grpc_health.v1 import health_pb2
 
 from conveyor.v1 import model_pb2, session_pb2
 from conveyor_server.config import LimitsConfig
@@ -137,6 +139,15 @@ async def test_the_servers_own_refusals_come_through(envoy: EnvoyProcess) -> Non
         assert said == Refusal("RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE")
         said = await refused(wire.models.ListModels(request))
         assert said.code == "UNAUTHENTICATED"
+
+
+async def test_what_nobody_outside_needs_gets_no_further(envoy: EnvoyProcess) -> None:
+    async with Wire(envoy.address, MINE) as wire:
+        check = health_pb2.HealthCheckRequest()
+        assert (await wire.health.Check(check)).status == health_pb2.HealthCheckResponse.SERVING
+        watch = wire.health.Watch(check)
+        assert await watch.code() == grpc.StatusCode.UNIMPLEMENTED
+        assert await wire.reflection().code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 async def steps(wire: Wire, ids: dict[str, int], ends: Callable[[], bool]) -> list[float]:

@@ -91,13 +91,17 @@ def test_ports_in_use_name_their_setting(models: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        for flags, setting in (
-            (["--listen", address, "--metrics", ""], "listen.address"),
-            (["--listen", "127.0.0.1:0", "--metrics", address], "listen.metrics_address"),
+        for flags, setting, flag in (
+            (["--listen", address, "--metrics", ""], "listen.address", "--listen"),
+            (
+                ["--listen", "127.0.0.1:0", "--metrics", address],
+                "listen.metrics_address",
+                "--metrics",
+            ),
         ):
             said = _last_line(["serve", "--models", str(models), *flags])
             expected = f"{setting}: cannot listen on {address}: address already in use"
-            assert said == f"conveyor-server: {expected}"
+            assert said == f"conveyor-server: {expected}; choose another address with {flag}"
 
 
 UNREADABLE: list[tuple[Callable[[Path], object], str]] = [

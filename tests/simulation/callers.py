@@ -19,6 +19,7 @@ from conveyor_server.core import (
     WholeSequence,
 )
 from conveyor_server.errors import ConveyorError, InboxFull, SessionEnded
+from conveyor_server.store.checkpoint import Checkpoint, encode, read_snapshot
 from tests.simulation.expected import Expected
 from tests.simulation.reasons import ENDINGS, justify_end, justify_refusal
 from tests.simulation.streams import Stream
@@ -184,10 +185,10 @@ class Callers:
     def export(self, key: SessionKey) -> None:
         """Takes a snapshot."""
 
-        def done(result: tuple[SessionView, bytes]) -> None:
+        def done(result: tuple[SessionView, Checkpoint]) -> None:
             source = self.world.live[key]
             assert not source.quarantined
-            self.world.snapshots.append((result[1], source.copy(key, 0.0, 0.0)))
+            self.world.snapshots.append((encode(result[1]), source.copy(key, 0.0, 0.0)))
 
         outcome = self._answered(done, key)
         self.world.post(lambda: self.world.rig.operations.export(*key, outcome))
@@ -200,7 +201,8 @@ class Callers:
 
         def run() -> None:
             try:
-                view = self.world.rig.operations.import_(key[0], snapshot, key[1], idle_seconds)
+                taken = read_snapshot(snapshot)
+                view = self.world.rig.operations.import_(key[0], taken, key[1], idle_seconds)
             except ConveyorError as error:
                 justify_refusal(self.world, error, key, memory=source.memory)
             else:

@@ -48,7 +48,7 @@ class FakeEngine:
         self._carries: dict[ModelKey, dict[int, bytes]] = {key: {} for key in self._models}
         self.memories: dict[ModelKey, dict[int, bytes]] = {key: {} for key in self._models}
         self._memories_made = 0
-        self.fail_next: list[ConveyorError] = []
+        self.fail_next: list[Exception] = []
         self.fail_next_memory: list[ConveyorError] = []
         self.poisoned: set[bytes] = set()
         self.poisoned_slots: set[int] = set()

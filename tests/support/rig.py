@@ -24,6 +24,7 @@ from conveyor_server.scheduler.models import ModelTable
 from conveyor_server.scheduler.operations import Operations
 from conveyor_server.scheduler.scheduler import Scheduler
 from conveyor_server.sessions.session import Session
+from conveyor_server.store.checkpoint import Checkpoint, encode
 from conveyor_server.store.memory import MemoryStore
 from tests.support.clock import FakeClock
 from tests.support.engine import FakeEngine
@@ -169,6 +170,6 @@ class Rig:
 
     def export(self, session_id: str = "s", principal: str = PRINCIPAL) -> bytes:
         """Takes a snapshot of a session that has nothing to do."""
-        outcome = Outcome[tuple[SessionView, bytes]]()
+        outcome = Outcome[tuple[SessionView, Checkpoint]]()
         self.operations.export(principal, session_id, outcome)
-        return outcome.result[1]
+        return encode(outcome.result[1])

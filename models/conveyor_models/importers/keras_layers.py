@@ -210,7 +210,11 @@ class _Reader:
         size = _stated(name, flow)
         whole = all(each.get("return_sequences") is True for _, each in ways)
         if not whole and len(ways) == 2:
-            raise refused(name, "Bidirectional with return_sequences=False")
+            raise refused(
+                name,
+                "Bidirectional with return_sequences=False: its two halves end at different steps,"
+                " and a bundle gives a row for each step",
+            )
         shapes = [cell_shapes(name, kind, each, size) for kind, each in ways]
         if shapes[0] != shapes[-1]:
             raise refused(name, "its two directions differ in more than their weights")

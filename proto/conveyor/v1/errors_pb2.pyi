@@ -95,7 +95,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_DEVICE_OUT_OF_MEMORY: _ErrorReason.ValueType  # 78
     """(RESOURCE_EXHAUSTED) The device is out of memory."""
     ERROR_REASON_CALLS_LIMIT: _ErrorReason.ValueType  # 79
-    """(RESOURCE_EXHAUSTED) The server has as many calls, or as many bytes of requests, as it may."""
+    """(RESOURCE_EXHAUSTED) The server has as many calls, or as many bytes of requests or of unread results, as it may."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 90
     """(DEADLINE_EXCEEDED) The chunk did not start before its deadline, or the call's message did not come; nothing was run."""
     ERROR_REASON_SERVER_DRAINING: _ErrorReason.ValueType  # 91
@@ -209,7 +209,7 @@ ERROR_REASON_SLOW_READER: ErrorReason.ValueType  # 77
 ERROR_REASON_DEVICE_OUT_OF_MEMORY: ErrorReason.ValueType  # 78
 """(RESOURCE_EXHAUSTED) The device is out of memory."""
 ERROR_REASON_CALLS_LIMIT: ErrorReason.ValueType  # 79
-"""(RESOURCE_EXHAUSTED) The server has as many calls, or as many bytes of requests, as it may."""
+"""(RESOURCE_EXHAUSTED) The server has as many calls, or as many bytes of requests or of unread results, as it may."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 90
 """(DEADLINE_EXCEEDED) The chunk did not start before its deadline, or the call's message did not come; nothing was run."""
 ERROR_REASON_SERVER_DRAINING: ErrorReason.ValueType  # 91

@@ -18,6 +18,9 @@ import torch
 
 from conveyor_server.errors import DeviceOutOfMemory, EngineFailed
 
+_HOST_ALLOCATOR: Final = "DefaultCPUAllocator"
+"""Says in a RuntimeError that host memory is gone; the library has no class for that."""
+
 
 class Failure(enum.Enum):
     """What an error of the library means."""
@@ -121,6 +124,8 @@ class computing:
         traceback: TracebackType | None,
     ) -> None:
         self._mode.__exit__(kind, error, traceback)
+        if isinstance(error, MemoryError) or _HOST_ALLOCATOR in str(error):
+            raise DeviceOutOfMemory("the server") from error
         if not isinstance(error, RuntimeError):
             return
         report_if_lost(error, self._on_lost)

@@ -19,15 +19,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, EncodeError
 from grpc import aio
 
 from conveyor_server.clock import Clock
-from conveyor_server.errors import ConveyorError, Internal, InvalidField
+from conveyor_server.errors import ConveyorError, DeviceOutOfMemory, Internal, InvalidField
 from conveyor_server.metrics import Metrics
-from conveyor_server.rpc.access import Authenticator, act_for, check_size, size_of
+from conveyor_server.rpc.access import Authenticator, act_for, check_size, principal, size_of
 from conveyor_server.rpc.bounds import CallBounds
 from conveyor_server.rpc.receiving import Receiver
+from conveyor_server.rpc.results import ResultsBudget
 from conveyor_server.rpc.status import abort, code_of
 
 if TYPE_CHECKING:  # it needs an extra
@@ -42,6 +43,8 @@ _NOT_TRACED: Final = "grpc."
 _OPEN_TO_ALL: Final = frozenset(("grpc.health.v1.Health", name) for name in ("Check", "Watch"))
 """Whoever balances load has no token; these have bounds of their own. List names the models."""
 
+_PARSED_BYTES: Final = 4
+"""What each byte of a message takes at most once it is parsed, about."""
 _log = logging.getLogger(__name__)
 
 Handler = Callable[[Any, Any], Awaitable[Any]]
@@ -57,6 +60,7 @@ class CallInterceptor(aio.ServerInterceptor):
         authenticator: Authenticator,
         bounds: CallBounds,
         receiver: Receiver,
+        results: ResultsBudget,
         metrics: Metrics,
         clock: Clock,
         metadata_bytes_max: int,
@@ -66,6 +70,7 @@ class CallInterceptor(aio.ServerInterceptor):
         self.authenticator = authenticator
         self.bounds = bounds
         self.receiver = receiver
+        self.results = results
         self.metrics = metrics
         self.clock = clock
         self.metadata_bytes_max = metadata_bytes_max
@@ -172,6 +177,9 @@ class _Method:
             return watched.aborted_with
         except aio.BaseError as error:  # what is left of these says that the call is over
             _log.debug("a call ended under its handler", extra={"problem": str(error)})
+        except (MemoryError, EncodeError):  # what cannot be encoded does not fit
+            _log.error("out of memory in a call", extra={"method": f"/{self.service}/{self.name}"})
+            return DeviceOutOfMemory("the server")
         except Exception:  # noqa: BLE001  a bug fails its call, not the server
             method = f"/{self.service}/{self.name}"
             _log.exception("a call failed by our own mistake", extra={"method": method})
@@ -200,7 +208,11 @@ class _Method:
         self._door.metrics.grpc_received.add(1, *self._labels)
         try:
             response = await self._inner(self._parse(received.take()), context)
-            return self._serialize(response) if self._unary_response else None
+            if not self._unary_response:
+                return None
+            data = self._serialize(response)
+            self._door.results.count_response(principal(), len(data))
+            return data
         finally:
             received.release()
 
@@ -243,6 +255,7 @@ def _parsing(deserialize: Parse) -> Parse:
         try:
             return deserialize(data)
         except DecodeError as error:
+            bytearray(_PARSED_BYTES * len(data))  # raises MemoryError if that is the reason
             raise InvalidField("message", "not a message of this method's type") from error
 
     return parse

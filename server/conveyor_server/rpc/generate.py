@@ -118,15 +118,17 @@ class _Loop:
 
     async def _write(self, response: session_pb2.GenerateResponse) -> None:
         seconds_max = self._services.config.limits.slow_reader_seconds_max
-        try:
-            async with asyncio.timeout(seconds_max):
-                await self._context.write(response)
-        except TimeoutError as error:
+        # Not cancelled: of a write that is, gRPC keeps the message for ever.
+        writing = asyncio.create_task(self._context.write(response))
+        writing.add_done_callback(_looked_at)
+        done, _ = await asyncio.wait({writing}, timeout=seconds_max)
+        if not done:
             raise SlowReader(
                 f"the client read no results for {seconds_max:g} s",
                 limit="limits.slow_reader_seconds_max",
                 maximum=seconds_max,
-            ) from error
+            )
+        writing.result()
 
     def _submit_step(self, step: int, row: bytes, generation: Generation) -> None:
         self._submit(step, 1, row, generation)
@@ -146,6 +148,12 @@ class _Loop:
                 arrived_seconds=self._services.clock.monotonic(),
             )
         )
+
+
+def _looked_at(writing: "asyncio.Task[None]") -> None:
+    """Of a write that fails once nobody waits for it any more, nobody needs to be told."""
+    if not writing.cancelled():
+        writing.exception()
 
 
 def _response(

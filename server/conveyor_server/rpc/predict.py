@@ -29,11 +29,13 @@ async def predict(
     model = services.driver.model(request.model, request.version)
     services.admission.sequence(model, request.length, request.rows, request.output)
     output = OutputMode(request.output or OutputMode.ALL)
+    outputs = {OutputMode.ALL: request.length, OutputMode.LAST: 1, OutputMode.NONE: 0}[output]
+    services.results.count_for_call(caller, outputs * model.output_row_bytes)
     if model.streamable:
         return await _on_a_session(services, caller, request, model, output)
     if request.HasField("memory"):
         raise InvalidMemory(f"model {model.key.name!r} has no attention, so leave the memory out")
-    return await _whole(services, request, model, output, remaining_seconds)
+    return await _whole(services, request, model, outputs, remaining_seconds)
 
 
 async def _on_a_session(
@@ -75,7 +77,7 @@ async def _whole(
     services: Services,
     request: session_pb2.PredictRequest,
     model: ModelInfo,
-    output: OutputMode,
+    outputs: int,
     remaining_seconds: float | None,
 ) -> session_pb2.PredictResponse:
     """Runs it through a model that cannot be stepped, a slice at a time."""
@@ -94,7 +96,7 @@ async def _whole(
         model=model,
         rows=request.rows,
         length=request.length,
-        outputs={OutputMode.ALL: request.length, OutputMode.LAST: 1, OutputMode.NONE: 0}[output],
+        outputs=outputs,
         settle=settle,
         arrived_seconds=now,
         deadline_seconds=None if remaining_seconds is None else now + remaining_seconds,

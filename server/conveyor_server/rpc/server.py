@@ -10,10 +10,10 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from conveyor.oip import inference_pb2, inference_pb2_grpc
+from conveyor.os_errors import os_error_text
 from conveyor.v1 import model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
 from conveyor_server.config import LimitsConfig, ListenConfig
 from conveyor_server.core import ModelInfo
-from conveyor_server.errors import os_error_text
 from conveyor_server.rpc.access import Authenticator
 from conveyor_server.rpc.bounds import CallBounds
 from conveyor_server.rpc.calls import CallInterceptor
@@ -84,6 +84,7 @@ class GrpcServer:
             authenticator=Authenticator(config.auth.tokens),
             bounds=CallBounds(config.limits),
             receiver=Receiver(config.limits, transport_message_bytes_max(config.limits)),
+            results=services.results,
             metrics=services.metrics,
             clock=services.clock,
             metadata_bytes_max=config.limits.metadata_bytes_max,
@@ -124,7 +125,10 @@ class GrpcServer:
                 port = self._server.add_secure_port(listen.address, self._credentials)
         except RuntimeError as error:
             why = _bind_problem(listen.address)
-            message = f"listen.address: cannot listen on {listen.address}: {why}"
+            message = (
+                f"listen.address: cannot listen on {listen.address}: {why}; choose another"
+                " address with --listen"
+            )
             raise AddressError(message) from error
         await self._server.start()
         self._started = True

@@ -17,6 +17,7 @@ from conveyor_server.core import MemoryRows, OpenMode, OpenRequest, SessionView
 from conveyor_server.engine.port import Engine
 from conveyor_server.errors import ConveyorError
 from conveyor_server.metrics import Metrics
+from conveyor_server.rpc.results import ResultsBudget
 from conveyor_server.scheduler.collected import Collected
 from conveyor_server.scheduler.driver import Driver
 
@@ -38,6 +39,7 @@ class Services:
     metrics: Metrics
     clock: Clock
     device: str
+    results: ResultsBudget
     tracing: "Tracing | None" = None
     """None: nothing is traced."""
 

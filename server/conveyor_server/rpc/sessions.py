@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 
 from conveyor.v1 import session_pb2, session_pb2_grpc
-from conveyor_server.admission.admission import Binding, Entry
+from conveyor_server.admission.admission import Binding, Entry, result_bytes
 from conveyor_server.admission.fields import check_session_id, page_size
 from conveyor_server.core import SessionView
 from conveyor_server.errors import InvalidField, NotSupported, SessionSuperseded
@@ -15,6 +15,7 @@ from conveyor_server.rpc.service import Context, Services, Waiter
 from conveyor_server.rpc.stream import StepStream
 from conveyor_server.rpc.streams import Streams
 from conveyor_server.rpc.traces import trace_message
+from conveyor_server.store.checkpoint import Checkpoint, encode, read_snapshot
 
 
 class SessionServicer(session_pb2_grpc.SessionServiceServicer):
@@ -60,7 +61,9 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         now = self._services.clock.monotonic()
         remaining = _remaining_seconds(context)
         deadline = None if remaining is None else now + remaining
-        self._driver.submit(self._admission.chunk(entry, request.rows, now, deadline))
+        chunk = self._admission.chunk(entry, request.rows, now, deadline)
+        self._services.results.count_for_call(caller, result_bytes(chunk))
+        self._driver.submit(chunk)
         answer = await waiter.wait()
         return session_pb2.StepResponse(
             first_step=request.first_step,
@@ -89,10 +92,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     ) -> session_pb2.GetSessionResponse:
         """See the contract."""
         check_session_id(request.session_id)
-        caller = principal()
-        view = await self._driver.call(
-            lambda operations: operations.get(caller, request.session_id)
-        )
+        view = self._driver.peek(principal(), request.session_id)
         return session_pb2.GetSessionResponse(session=session_message(view))
 
     async def ListSessions(
@@ -166,10 +166,13 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         """See the contract."""
         check_session_id(request.session_id)
         caller = principal()
-        exported: tuple[SessionView, bytes] = await self._driver.call_after_queue(
+        view = self._driver.peek(caller, request.session_id)
+        self._services.results.count_for_call(caller, view.state_bytes)
+        exported: tuple[SessionView, Checkpoint] = await self._driver.call_after_queue(
             lambda operations, future: operations.export(caller, request.session_id, future)
         )
-        view, snapshot = exported
+        view, checkpoint = exported
+        snapshot = await self._driver.aside(encode, checkpoint)
         return session_pb2.ExportSessionResponse(session=session_message(view), snapshot=snapshot)
 
     async def ImportSession(
@@ -186,9 +189,10 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
             if idle is None
             else self._admission.idle_seconds(idle)
         )
+        checkpoint = await self._driver.aside(read_snapshot, request.snapshot)
         view = await self._driver.call(
             lambda operations: operations.import_(
-                caller, request.snapshot, request.session_id, idle_seconds
+                caller, checkpoint, request.session_id, idle_seconds
             )
         )
         return session_pb2.ImportSessionResponse(session=session_message(view))

@@ -50,7 +50,9 @@ class StepStream:
         self._limits = services.config.limits
         self._principal = principal
         self._context = context
-        self._outbox = Outbox(services.metrics, self._limits.message_bytes_max)
+        account = services.results.account(principal, self._notify)
+        self._outbox = Outbox(services.metrics, self._limits.message_bytes_max, account)
+        self._account = account
         self._bindings: dict[int, Binding] = {}
         self._handles: dict[tuple[str, int], int] = {}
         self._closed: OrderedDict[int, Binding] = OrderedDict()
@@ -61,7 +63,6 @@ class StepStream:
         self._last_handle = 0
         self._pending = 0
         self._operations = 0
-        self._promised_bytes = 0
         self._keeping_alive = False
         self._gone = False
 
@@ -82,9 +83,8 @@ class StepStream:
             writer.result()
         finally:
             self._gone = True
-            for task in (reader, writer):
-                task.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
+            await self._outbox.close(reader, writer)
+            self._admitted.clear()
             self._services.driver.post(self._detach_all)
 
     def drain(self, reconnect_after_seconds: float) -> None:
@@ -95,15 +95,18 @@ class StepStream:
 
     def piece(self, chunk: Chunk, piece: Piece) -> None:
         """See `core.Reply`."""
-        self._outbox.put_piece(chunk.handle, piece)
+        if not self._gone:
+            self._outbox.put_piece(chunk.handle, piece)
+            before = _promised_bytes(chunk, chunk.done - piece.length)
+            self._account.add(_promised_bytes(chunk, chunk.done) - before)
         if piece.final:
-            self._promised_bytes -= result_bytes(chunk)
             self._answered()
 
     def failed(self, chunk: Chunk, first_step: int, error: ConveyorError) -> None:
         """See `core.Reply`."""
-        self._fail(error, handle=chunk.handle, first_step=first_step)
-        self._promised_bytes -= result_bytes(chunk)
+        if not self._gone:
+            self._fail(error, handle=chunk.handle, first_step=first_step)
+            self._account.add(-_promised_bytes(chunk, chunk.done))
         self._answered()
 
     def lost(self, session_id: str, epoch: int, applied_step: int, error: ConveyorError) -> None:
@@ -189,7 +192,6 @@ class StepStream:
     def _submit_admitted(self) -> None:
         """Hands chunks in while there is room for their results; the others wait with the frame."""
         admitted, submit = self._admitted, self._services.driver.submit
-        bytes_max = self._limits.outbox_bytes_max
         while admitted:
             entry, chunk = admitted[0]
             try:
@@ -200,15 +202,15 @@ class StepStream:
                         f"handle {chunk.handle} of this stream was closed", handle=chunk.handle
                     )
                 wanted = result_bytes(chunk)
-                owed = self._outbox.size_bytes + self._promised_bytes
-                if owed and owed + wanted > bytes_max:
+                if not self._room_for(wanted):
                     return
                 submit(chunk)
-                self._promised_bytes += wanted
+                self._account.take(wanted)
                 self._pending += 1
             except ConveyorError as error:
                 self._fail(error, handle=entry.binding.handle, first_step=entry.first_step)
             admitted.popleft()
+        self._account.wait_no_more()
 
     def _entries(self, items: Iterable[session_pb2.StepsEntry]) -> list[Entry]:
         bindings, closed = self._bindings, self._closed
@@ -323,10 +325,18 @@ class StepStream:
             return False
         if self._opening_bytes >= self._limits.message_bytes_max:
             return False
-        owed = self._outbox.size_bytes + self._promised_bytes
         if self._admitted and isinstance(chunk := self._admitted[0][1], Chunk):
-            return not owed or owed + result_bytes(chunk) <= self._limits.outbox_bytes_max
-        return owed <= self._limits.outbox_bytes_max
+            return self._room_for(result_bytes(chunk))
+        return self._outbox.owed_bytes <= self._limits.outbox_bytes_max
+
+    def _room_for(self, wanted: int) -> bool:
+        owed = self._outbox.owed_bytes
+        if owed and owed + wanted > self._limits.outbox_bytes_max:
+            return False
+        return self._account.room_for(wanted)
+
+    def _notify(self) -> None:
+        self._outbox.notify()
 
     def _fail(
         self, error: ConveyorError, *, handle: int = 0, first_step: int = 0, tag: int = 0
@@ -360,6 +370,12 @@ class StepStream:
             operations.detach(self._principal, binding.session_id, binding.epoch, self)
         self._bindings.clear()
         self._handles.clear()
+
+
+def _promised_bytes(chunk: Chunk, done: int) -> int:
+    """Bytes of results still to come of a chunk of which so many steps are done."""
+    wanted = result_bytes(chunk)
+    return wanted - wanted * done // chunk.length
 
 
 class _Closing:

@@ -17,7 +17,7 @@ from conveyor_server.scheduler.creation import Creation, check_streamable
 from conveyor_server.scheduler.scheduler import Scheduler
 from conveyor_server.sessions.memory import SharedMemory, check_memory_rows
 from conveyor_server.sessions.session import Session
-from conveyor_server.store.checkpoint import Checkpoint, Header, check_fits, decode, encode
+from conveyor_server.store.checkpoint import Checkpoint, Header, check_fits, record_bytes
 
 
 class Copies:
@@ -38,9 +38,8 @@ class Copies:
         _check_copyable(session)
         if at_step and at_step != session.applied:
             raise CheckpointNotRetained(
-                f"session {session.session_id!r} is at step {session.applied:,}; this server"
-                " keeps no"
-                f" state of step {at_step:,} to fork from",
+                f"session {session.session_id!r} is at step {session.applied:,}; this server keeps"
+                f" no state of step {at_step:,} to fork from",
                 applied_step=session.applied,
             )
         principal = session.principal
@@ -51,8 +50,8 @@ class Copies:
             self._check_host_room(checkpoint, principal, ids)
         return [self._copy(session, new_id, checkpoint.carry) for new_id in ids]
 
-    def export(self, session: Session) -> bytes:
-        """Takes a snapshot, which names no principal.
+    def export(self, session: Session) -> Checkpoint:
+        """Takes what a snapshot is made of, which names no principal.
 
         Raises:
             SessionQuarantined: Its carry is none to go on from.
@@ -61,18 +60,17 @@ class Copies:
         checkpoint = self._scheduler.residency.checkpoint(session)
         memory = b"" if session.memory is None else session.memory.rows
         header = replace(checkpoint.header, principal="", memory_bytes=len(memory))
-        return encode(Checkpoint(header, checkpoint.carry, memory))
+        return Checkpoint(header, checkpoint.carry, memory)
 
     def import_(
-        self, principal: str, snapshot: bytes, session_id: str, idle_seconds: float
+        self, principal: str, checkpoint: Checkpoint, session_id: str, idle_seconds: float
     ) -> Session:
-        """Makes a session from a snapshot.
+        """Makes a session from what a snapshot holds.
 
         Raises:
-            SnapshotCorrupt, SnapshotIncompatible, MemoryTooLarge, ModelNotStreamable,
+            SnapshotIncompatible, MemoryTooLarge, ModelNotStreamable,
             SessionExists, SessionsLimit, PrincipalSessionsLimit.
         """
-        checkpoint = decode(snapshot)
         model = self._model_of(checkpoint.header)
         check_streamable(model)
         check_fits(checkpoint, model)
@@ -105,8 +103,7 @@ class Copies:
                 return model
         raise SnapshotIncompatible(
             f"the snapshot is of model {header.model!r} with digest {header.model_digest}; this"
-            " server"
-            " serves no version with that digest"
+            " server serves no version with that digest"
         )
 
     def _import_memory(self, checkpoint: Checkpoint, model: ModelInfo) -> SharedMemory | None:
@@ -125,7 +122,7 @@ class Copies:
             epoch=STEP_MAX,  # as long as it can be written
             memory_bytes=0,
         )
-        size = len(encode(Checkpoint(header, checkpoint.carry)))
+        size = record_bytes(header)
         if len(new_ids) * size > self._scheduler.host_room_bytes:
             raise SessionsLimit(
                 f"no room for {len(new_ids):,} more states of {size:,} bytes in host memory",

@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from typing import Final, TypeVar
 
 from conveyor_server.core import Chunk, ModelInfo, SessionView
-from conveyor_server.errors import ConveyorError, EngineFailed, Internal
-from conveyor_server.scheduler.operations import Future, Operations
+from conveyor_server.errors import ConveyorError, DeviceOutOfMemory, EngineFailed
+from conveyor_server.scheduler.lateness import LOOK_SECONDS, Lateness
+from conveyor_server.scheduler.operations import Future, Operations, mistake
 from conveyor_server.scheduler.scheduler import Outcome, Scheduler, Turn
 
+A = TypeVar("A")
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
@@ -33,10 +35,12 @@ class Driver:
         """Call `start` before anything else."""
         self._inline_multiply_adds_max = inline_multiply_adds_max
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._aside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="aside")
         self._due: asyncio.Handle | None = None
         self._running = False
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_due = 0.0
+        self._looking: asyncio.TimerHandle | None = None
         self._arrived_before = 0
         self._turns_put_off = 0
         self._stopped = False
@@ -53,13 +57,17 @@ class Driver:
         self._loop = asyncio.get_running_loop()
         self._scheduler = scheduler
         self._operations = operations
+        self._lateness = Lateness(self._loop.time())
+        self._look_again()
         self.wake()
 
     def stop(self) -> None:
         """Ends ticking; waits for a batch on the worker thread."""
         self._stopped = True
-        if self._alarm is not None:
-            self._alarm.cancel()
+        for timer in (self._alarm, self._looking):
+            if timer is not None:
+                timer.cancel()
+        self._aside.shutdown(wait=True, cancel_futures=True)
         self._worker.shutdown(wait=True)
 
     def submit(self, chunk: Chunk) -> None:
@@ -89,6 +97,8 @@ class Driver:
     async def call(self, operation: Callable[[Operations], T]) -> T:
         """Runs an operation between two ticks and returns its result, or raises what it raised.
 
+        It waits for the batch that runs on the worker thread, if one does, and else for nothing.
+
         Anything but a `ConveyorError` is a mistake of ours: it is logged, and raised as `Internal`.
         """
         future: asyncio.Future[T] = self._loop.create_future()
@@ -98,13 +108,21 @@ class Driver:
                 result = operation(self._operations)
             except ConveyorError as error:
                 _settle(future, error=error)
-            except Exception:  # noqa: BLE001  it fails its caller, not everybody's ticks
-                _settle(future, error=_mistake())
+            except Exception as error:  # noqa: BLE001  it fails its caller, not everybody's ticks
+                _settle(future, error=mistake(error))
             else:
                 _settle(future, result=result)
 
         self._scheduler.inbox.put_operation(run)
+        self._take_in()
         return await future
+
+    async def aside(self, function: Callable[[A], T], argument: A) -> T:
+        """Runs something long that touches no session, beside the loop; one after the other.
+
+        Callers wait for its end, so of those that wait there are never more than calls.
+        """
+        return await self._loop.run_in_executor(self._aside, function, argument)
 
     async def call_after_queue(self, operation: Callable[[Operations, Future[T]], None]) -> T:
         """Runs an operation that waits for what the session was sent before."""
@@ -114,10 +132,11 @@ class Driver:
         def run() -> None:
             try:
                 operation(self._operations, gate)
-            except Exception:  # noqa: BLE001  as in `call`
-                gate.set_exception(_mistake())
+            except Exception as error:  # noqa: BLE001  as in `call`
+                gate.set_exception(mistake(error))
 
         self._scheduler.inbox.put_operation(run)
+        self._take_in()
         return await future
 
     def post(self, operation: Callable[[Operations], None]) -> None:
@@ -126,10 +145,17 @@ class Driver:
         def run() -> None:
             try:
                 operation(self._operations)
-            except Exception:  # noqa: BLE001  as in `call`
-                _mistake()
+            except Exception as error:  # noqa: BLE001  as in `call`
+                mistake(error)
 
         self._scheduler.inbox.put_operation(run)
+
+    def _take_in(self) -> None:
+        """Carries out what is in the inbox now, if no batch is running."""
+        if self._running or self._stopped:
+            return
+        with self._stopping_if_broken():
+            self._scheduler.take_in()
 
     def wake(self) -> None:
         """Something arrived."""
@@ -156,6 +182,7 @@ class Driver:
         self._due = None
         if self._stopped:
             return
+        self._look()
         with self._stopping_if_broken():
             turn = self._scheduler.begin()
             if turn is not None:
@@ -194,12 +221,26 @@ class Driver:
     def _execute(self, turn: Turn) -> Outcome:
         try:
             outcome = self._scheduler.execute(turn)
+        except MemoryError as error:
+            outcome = DeviceOutOfMemory("the server")
+            outcome.__cause__ = error.with_traceback(None)
         except Exception:  # noqa: BLE001  a bug in the engine fails its batch, not the server
             _log.exception("the engine raised", extra={"model": turn.model.name})
             return EngineFailed("the engine failed on this batch; nothing was applied")
         if isinstance(outcome, ConveyorError):
             _log.error("the engine failed", exc_info=outcome, extra={"model": turn.model.name})
         return outcome
+
+    def _look(self) -> None:
+        """Sees whether the loop was not there; before leases end, for which that counts."""
+        late = self._lateness.look(self._loop.time())
+        if late:
+            _log.warning("the event loop was not there", extra={"seconds": round(late, 3)})
+            self._scheduler.was_late(late)
+
+    def _look_again(self) -> None:
+        self._look()
+        self._looking = self._loop.call_later(LOOK_SECONDS, self._look_again)
 
     def _set_alarm(self) -> None:
         """Sees to it that leases end on time even if nothing arrives any more."""
@@ -215,12 +256,6 @@ class Driver:
     def _ring(self) -> None:
         self._alarm = None
         self.wake()
-
-
-def _mistake() -> Internal:
-    """What the caller of an operation is told of the exception being handled."""
-    _log.exception("an operation raised what it must not")
-    return Internal()
 
 
 class _Gate:

@@ -7,7 +7,7 @@ queue as a barrier.
 
 import logging
 from collections.abc import Callable, Container, Sequence
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from conveyor_server.core import (
     Durability,
@@ -23,6 +23,7 @@ from conveyor_server.core import (
 )
 from conveyor_server.errors import (
     ConveyorError,
+    DeviceOutOfMemory,
     Internal,
     InvalidField,
     ModelNotFound,
@@ -39,7 +40,12 @@ from conveyor_server.scheduler.scheduler import Scheduler
 from conveyor_server.sessions.memory import check_memory
 from conveyor_server.sessions.session import Barrier, Session
 from conveyor_server.sessions.tokens import check_token, make_token
+from conveyor_server.store.checkpoint import Checkpoint
 
+PAGE_BYTES: Final = 32 * 2**10
+"""Of a list of sessions: what is made in one go, while nobody else is served."""
+_VIEW_BYTES: Final = 192
+"""What a session takes there beside its labels, about."""
 T_contra = TypeVar("T_contra", contravariant=True)
 _log = logging.getLogger(__name__)
 
@@ -54,6 +60,15 @@ class Future(Protocol[T_contra]):
     def set_exception(self, exception: ConveyorError, /) -> None:
         """It is refused."""
         ...
+
+
+def mistake(error: Exception) -> ConveyorError:
+    """What the caller of an operation is told of what it must not raise, which is logged."""
+    if isinstance(error, MemoryError):
+        _log.error("out of memory in an operation")
+        return DeviceOutOfMemory("the server")
+    _log.error("an operation raised what it must not", exc_info=error)
+    return Internal()
 
 
 class Operations:
@@ -110,8 +125,7 @@ class Operations:
         if self._scheduler.models.resolve(key.name, key.version) is not sequence.model:
             raise ModelNotFound(
                 f"model {key.name!r} version {key.version} was taken out of service during the"
-                " call;"
-                " send it again",
+                " call; send it again",
                 model=key.name,
             )
         self._scheduler.predictions.add(sequence)
@@ -127,12 +141,19 @@ class Operations:
     def page(
         self, principal: str, *, after: str, size: int, model: str
     ) -> tuple[list[SessionView], bool, int]:
-        """See `SessionTable.page`."""
+        """See `SessionTable.page`; a page has at most `PAGE_BYTES`, but always a session."""
         now = self._now
         sessions, more, total = self._scheduler.sessions.page(
             principal, after=after, size=size, model=model
         )
-        return [session.view(now) for session in sessions], more, total
+        views: list[SessionView] = []
+        page_bytes = 0
+        for session in sessions:
+            page_bytes += _VIEW_BYTES + sum(len(key) + len(text) for key, text in session.labels)
+            if views and page_bytes > PAGE_BYTES:
+                return views, True, total
+            views.append(session.view(now))
+        return views, more, total
 
     def keep_alive(self, principal: str, session_ids: Sequence[str], owner: Owner) -> None:
         """Starts the idle time of an owner's sessions anew."""
@@ -260,28 +281,28 @@ class Operations:
         self._after_queue(principal, session_id, future, run)
 
     def export(
-        self, principal: str, session_id: str, future: Future[tuple[SessionView, bytes]]
+        self, principal: str, session_id: str, future: Future[tuple[SessionView, Checkpoint]]
     ) -> None:
-        """Takes a snapshot."""
+        """Takes what a snapshot is made of; to write it takes a while and needs no session."""
 
         def run(session: Session) -> None:
-            snapshot = self._copies.export(session)
-            future.set_result((session.view(self._now), snapshot))
+            checkpoint = self._copies.export(session)
+            future.set_result((session.view(self._now), checkpoint))
 
         self._after_queue(principal, session_id, future, run)
 
     def import_(
-        self, principal: str, snapshot: bytes, session_id: str, idle_seconds: float
+        self, principal: str, checkpoint: Checkpoint, session_id: str, idle_seconds: float
     ) -> SessionView:
-        """Makes a session from a snapshot.
+        """Makes a session from what a snapshot holds.
 
         Raises:
-            SnapshotCorrupt, SnapshotIncompatible, MemoryTooLarge, ModelNotStreamable,
+            SnapshotIncompatible, MemoryTooLarge, ModelNotStreamable,
             SessionExists, SessionsLimit, PrincipalSessionsLimit, ServerDraining.
         """
         if self.draining:
             raise ServerDraining
-        session = self._copies.import_(principal, snapshot, session_id, idle_seconds)
+        session = self._copies.import_(principal, checkpoint, session_id, idle_seconds)
         return session.view(self._now)
 
     # --- helpers ---------------------------------------------------------------------------------
@@ -301,9 +322,8 @@ class Operations:
                 run(session)
             except ConveyorError as error:
                 future.set_exception(error)
-            except Exception:  # noqa: BLE001  it fails its caller, not everybody's ticks
-                _log.exception("an operation raised what it must not")
-                future.set_exception(Internal())
+            except Exception as error:  # noqa: BLE001  it fails its caller, not everybody's ticks
+                future.set_exception(mistake(error))
 
         try:
             session = self._find(principal, session_id)
@@ -353,8 +373,7 @@ class Operations:
         ):
             raise SessionMismatch(
                 f"session {session.session_id!r} attends over another memory, or over none; leave"
-                " the"
-                " memory out to resume it"
+                " the memory out to resume it"
             )
         self._revoke(session)
         self._scheduler.advance(session)

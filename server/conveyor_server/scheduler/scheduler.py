@@ -8,6 +8,7 @@ applies what came of it.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from conveyor_server.clock import Clock
 from conveyor_server.config import LimitsConfig
@@ -35,6 +36,8 @@ from conveyor_server.sessions.session import Barrier, Session
 from conveyor_server.sessions.table import SessionTable
 from conveyor_server.store.port import CarryStore
 
+READ_SECONDS: Final = 1.0
+"""What it takes at most to read what arrived while the server was not there."""
 _log = logging.getLogger(__name__)
 
 
@@ -98,6 +101,7 @@ class Scheduler:
         self._store = store
         self._ready = ReadyQueues(batch_sessions_max, quantum_steps)
         self._now = clock.monotonic()
+        self._expire_from = self._now
 
     def tick(self) -> bool:
         """One round. Returns whether anything ran."""
@@ -112,13 +116,20 @@ class Scheduler:
 
         Returns None if there is nothing to run.
         """
-        self._now = self.clock.monotonic()
-        self._drain_inbox()
+        self.take_in()
         self._expire_leases()
         self._bound_store()
         for key in self.predictions.begin(self._now):
             self._ready.add_turn(key)
         return self._select()
+
+    def take_in(self) -> None:
+        """Queues the chunks that arrived with their sessions, and carries operations out.
+
+        Between two engine calls, like everything that touches sessions.
+        """
+        self._now = self.clock.monotonic()
+        self._drain_inbox()
 
     def execute(self, turn: Turn) -> Outcome:
         """The engine call; touches no session, so it may run on any thread."""
@@ -173,7 +184,17 @@ class Scheduler:
 
     def next_wakeup(self) -> float | None:
         """Monotonic time at which a tick is due even if nothing arrives."""
-        return self.sessions.next_expiry()
+        due = self.sessions.next_expiry()
+        return None if due is None else max(due, self._expire_from)
+
+    def was_late(self, seconds: float) -> None:
+        """Nobody was served for so long, so it shortens no lease.
+
+        What arrived meanwhile is read before any lease ends.
+        """
+        now = self.clock.monotonic()
+        self._expire_from = now + READ_SECONDS
+        self.sessions.prolong(seconds, now)
 
     def advance(self, session: Session) -> None:
         """Answers or refuses what is at the head of a queue until something there has to run."""
@@ -286,6 +307,8 @@ class Scheduler:
             self.advance(session)
 
     def _expire_leases(self) -> None:
+        if self._now < self._expire_from:
+            return
         for session in self.sessions.expired(self._now):
             self.end(session, SessionExpired(_expiry(session, self._now)))
 

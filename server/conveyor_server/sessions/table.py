@@ -182,6 +182,11 @@ class SessionTable:
                 yield session
                 assert key not in self._sessions, "an expired session was not removed"
 
+    def prolong(self, seconds: float, now: float) -> None:
+        """Makes every lease so much longer; lifetimes stay."""
+        for session in self._sessions.values():
+            session.active_monotonic = min(now, session.active_monotonic + seconds)
+
     def next_expiry(self) -> float | None:
         """Monotonic time before which `expired` yields nothing."""
         return self._leases[0][0] if self._leases else None

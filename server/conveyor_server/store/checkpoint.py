@@ -67,14 +67,13 @@ def encode(checkpoint: Checkpoint) -> bytes:
     """Writes a record."""
     assert len(checkpoint.carry) == checkpoint.header.carry_bytes
     assert len(checkpoint.memory) == checkpoint.header.memory_bytes
-    fields = asdict(checkpoint.header)
-    version = MEMORY_FORMAT_VERSION if checkpoint.memory else FORMAT_VERSION
-    if not checkpoint.memory:
-        del fields["memory_bytes"]
-    header = json.dumps(fields, separators=(",", ":")).encode()
-    prefix = _PREFIX.pack(MAGIC, version, len(header))
-    body = b"".join((prefix, header, checkpoint.carry, checkpoint.memory))
+    body = b"".join((_head(checkpoint.header), checkpoint.carry, checkpoint.memory))
     return body + hashlib.sha256(body).digest()
+
+
+def record_bytes(header: Header) -> int:
+    """The size of the record with this header."""
+    return len(_head(header)) + header.carry_bytes + header.memory_bytes + _DIGEST_BYTES
 
 
 def decode(record: bytes) -> Checkpoint:
@@ -94,13 +93,13 @@ def decode(record: bytes) -> Checkpoint:
             f"the snapshot has format {version}; this server reads formats {FORMAT_VERSION} to"
             f" {MEMORY_FORMAT_VERSION}"
         )
-    body = record[:-_DIGEST_BYTES]
+    body = memoryview(record)[:-_DIGEST_BYTES]
     if hashlib.sha256(body).digest() != record[-_DIGEST_BYTES:]:
         raise SnapshotCorrupt("the snapshot is damaged: its checksum does not match")
     carry_start = _PREFIX.size + header_length
     if header_length > HEADER_BYTES_MAX or carry_start > len(body):
         raise SnapshotCorrupt("the snapshot is cut off within its header")
-    header = _read_header(body[_PREFIX.size : carry_start], version)
+    header = _read_header(bytes(body[_PREFIX.size : carry_start]), version)
     state_bytes = header.carry_bytes + header.memory_bytes
     if len(body) - carry_start != state_bytes:
         raise SnapshotCorrupt(
@@ -108,7 +107,17 @@ def decode(record: bytes) -> Checkpoint:
             f" header says {state_bytes:,}"
         )
     memory_start = carry_start + header.carry_bytes
-    return Checkpoint(header, body[carry_start:memory_start], body[memory_start:])
+    return Checkpoint(header, bytes(body[carry_start:memory_start]), bytes(body[memory_start:]))
+
+
+def _head(header: Header) -> bytes:
+    """What stands before the state."""
+    fields = asdict(header)
+    version = MEMORY_FORMAT_VERSION if header.memory_bytes else FORMAT_VERSION
+    if not header.memory_bytes:
+        del fields["memory_bytes"]
+    data = json.dumps(fields, separators=(",", ":")).encode()
+    return _PREFIX.pack(MAGIC, version, len(data)) + data
 
 
 def check_fits(checkpoint: Checkpoint, model: ModelInfo) -> None:
@@ -116,7 +125,6 @@ def check_fits(checkpoint: Checkpoint, model: ModelInfo) -> None:
 
     Raises:
         SnapshotIncompatible: They are another model's, or laid out otherwise.
-        SnapshotCorrupt: One has a NaN or an infinity.
     """
     header = checkpoint.header
     if header.model_digest != model.digest:
@@ -129,11 +137,23 @@ def check_fits(checkpoint: Checkpoint, model: ModelInfo) -> None:
         header.memory_bytes and header.memory_bytes % model.memory_row_bytes
     ):
         raise SnapshotIncompatible("the snapshot's memory does not fit the model's attention")
+
+
+def read_snapshot(record: bytes) -> Checkpoint:
+    """Reads a record that came from outside, and looks at every value.
+
+    Raises:
+        SnapshotCorrupt, SnapshotIncompatible: As `decode`, or a value is NaN or infinite.
+    """
+    checkpoint = decode(record)
     for what, values in (("carry", checkpoint.carry), ("memory", checkpoint.memory)):
-        if not np.isfinite(np.frombuffer(values, dtype="<f4")).all():
+        # What is of another type or layout is refused where the model is known.
+        floats = np.frombuffer(values, dtype="<f4", count=len(values) // 4)
+        if checkpoint.header.dtype == "float32" and not np.isfinite(floats).all():
             raise SnapshotCorrupt(
                 f"the snapshot is damaged: its {what} has a NaN or an infinite value"
             )
+    return checkpoint
 
 
 def _read_header(data: bytes, version: int) -> Header:

@@ -125,6 +125,19 @@ def test_plain_statuses_of_the_transport_are_classed(
         ),
         (
             "UNAVAILABLE",
+            "failed to connect to all addresses; last error: UNAVAILABLE: ipv4:1.2.3.4:5: Socket"
+            " closed",
+            "cannot reach host:5: it closed the connection; if it speaks TLS, pass tls=Tls()",
+        ),
+        (
+            "UNAVAILABLE",
+            "failed to connect to all addresses; last error: UNKNOWN: ipv4:1.2.3.4:5: Tls handshake"
+            " failed (TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000007d:SSL"
+            " routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED: unable to get local issuer",
+            "cannot reach host:5: its certificate is not trusted",
+        ),
+        (
+            "UNAVAILABLE",
             "errors resolving host:5: [field:hostname lookup error: Domain name not found]",
             "cannot reach host:5: its host name cannot be resolved",
         ),

@@ -129,7 +129,7 @@ def test_the_worked_example_of_memory(letters: Bundle) -> None:
     assert f"hold {limits.held_results_bytes_max // (step + ENTRY_BYTES)} steps" in text
     whole = SESSIONS * limits.held_results_bytes_max
     assert f"would hold {whole / 2**30:.1f} GiB" in text
-    assert f"makes {SESSIONS * 16 * (step + ENTRY_BYTES) / MIB:.1f} MiB of it" in text
+    assert f"they take {SESSIONS * 16 * (step + ENTRY_BYTES) / MIB:.1f} MiB," in text
     reckoned = {
         row[0]: row[2]
         for table in tables(OPERATIONS)

@@ -218,7 +218,7 @@ FOREIGN: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a plain pickle": ("m.pkl", written(pickle.dumps({"a": 1})), "is a plain pickle"),
     "an old pickle": ("m.pt", written(pickle.dumps({"a": 1}, 0)), "is a plain pickle"),
     "a compressed zip": ("m.pt", repacked, "is compressed, and torch.save compresses nothing"),
-    "a zip over several disks": ("m.pt", several_disks, "not a sound zip"),
+    "a zip over several disks": ("m.pt", several_disks, "is not a sound zip"),
     "some other zip": ("m.pt", zipped("readme.txt"), "torch.save has not written .*readme.txt"),
     "keras": ("m.pt", zipped("config.json", "model.weights.h5"), "file of Keras: name it .keras"),
     "numpy": ("m.npz", numpy_archive, "archive of numpy; .*numpy.load('m.npz')"),
@@ -353,7 +353,7 @@ def test_the_one_state_dict_of_a_checkpoint_is_imported(
     model = import_model(tmp_path / f"last{suffix}")
     assert torch.equal(model.weights["head.weight"], STATE["fc.weight"])
     assert model.notes[0].startswith("a checkpoint: its one state dict")
-    assert "beside it is left out" in model.notes[0]
+    assert "; left out: " in model.notes[0]
 
 
 def test_the_name_that_a_tied_weight_lost_is_restored(tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def test_heads_side_by_side_are_stacked_in_the_order_of_the_outputs(
     rows = served(found, normal(9, 2, 4))
     assert error(rows[..., 4:], expected[outputs[1]]) < FLOAT32_ERROR_MAX
     assert said(found, f"numbers 0 to 3 of a row are {outputs[0]}")
-    assert said(found, f"numbers 4 to 4 of a row are {outputs[1]}")
+    assert said(found, f"number 4 of a row is {outputs[1]}")
 
 
 def test_rows_beside_a_head_on_them(tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
             K=normal(3, 2),
             L=normal(3, 4),
         ),
-        "p, q: several outputs with softmax",
+        "p, q: several outputs with softmax at the end",
     ),
     "a sigmoid and none": (
         lambda: graph(
@@ -395,7 +395,7 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
             outputs=["a", "p"],
             K=normal(3, 2),
         ),
-        "a, p: several outputs with none and sigmoid",
+        "a, p: several outputs with none and sigmoid at the end",
     ),
     "a constant that differs from step to step": (
         lambda: graph(
@@ -454,6 +454,20 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
             k=np.ones(4, "f4"),
         ),
         "n: BatchNormalization: in training mode",
+    ),
+    "a bias for each row of the batch": (
+        lambda: graph(
+            after=[
+                node("Squeeze", ["h", "zero"], ["f"]),
+                node("Gemm", ["f", "K", "per_row"], ["out"], "fc"),
+            ],
+            outputs=["out"],
+            inputs=[("x", TensorProto.FLOAT, ["t", 5, 4])],
+            K=normal(3, 5),
+            per_row=normal(5, 1),
+            zero=np.array([0]),
+        ),
+        r"fc: Gemm: with a bias of shape \[5, 1\]",
     ),
     "directions multiplied": (
         lambda: graph(

@@ -10,6 +10,7 @@ from conveyor_server.core import Chunk, ModelKey, SessionView
 from conveyor_server.engine.port import Done, Work
 from conveyor_server.errors import (
     ConveyorError,
+    DeviceOutOfMemory,
     EngineFailed,
     Internal,
     ModelNotFound,
@@ -106,6 +107,50 @@ async def test_operations_return_or_raise(server: Server) -> None:
         await server.driver.call_after_queue(
             lambda operations, future: operations.close(PRINCIPAL, "s", future)
         )
+
+
+async def test_no_memory_fails_the_batch_and_nothing_else(server: Server) -> None:
+    await server.driver.call(lambda _: server.rig.open())
+    server.rig.engine.fail_next.append(MemoryError())
+    async with asyncio.timeout(WAIT_SECONDS):
+        with pytest.raises(DeviceOutOfMemory) as raised:
+            await server.step(1, 1, 2)
+        assert raised.value.retry_after_seconds
+        rows = await server.step(1, 1, 2)
+    assert rows == b"".join(straight_through(FEATURES, rows_of(FEATURES, 1, 2))[0])
+
+
+async def test_no_memory_fails_an_operation_and_nothing_else(server: Server) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    with pytest.raises(DeviceOutOfMemory, match="out of memory"):
+        await server.driver.call(fails)
+    with pytest.raises(DeviceOutOfMemory, match="out of memory"):
+        await server.driver.call_after_queue(fails)
+    server.driver.post(fails)
+    await server.driver.call(lambda _: server.rig.open())
+    assert not server.broken.is_set()
+
+
+async def test_operations_wait_for_no_more_than_the_batch_that_runs(server: Server) -> None:
+    """However much is queued, and however many chunks still arrive."""
+    await server.driver.call(lambda _: server.rig.open())
+    server.gate.clear()
+    if server.driver._inline_multiply_adds_max == INLINE:
+        server.gate.set()
+    steps = [server.send(1 + 2 * number, 1, 2)[1] for number in range(50)]
+    ran = len(server.rig.engine.runs)
+    if server.driver._inline_multiply_adds_max == WORKER:
+        await until(lambda: server.driver._running)
+    opening = asyncio.ensure_future(server.driver.call(lambda _: server.rig.open("new")))
+    await asyncio.sleep(0)
+    server.gate.set()
+    async with asyncio.timeout(WAIT_SECONDS):
+        await opening
+    assert len(server.rig.engine.runs) - ran <= 2
+    async with asyncio.timeout(WAIT_SECONDS):
+        await asyncio.gather(*steps)
 
 
 async def test_a_caller_that_gave_up_is_not_answered(server: Server) -> None:

@@ -11,6 +11,7 @@ from conveyor_server.admission.admission import Binding, Entry
 from conveyor_server.config import LimitsConfig
 from conveyor_server.core import LimitSource, MemoryRows, OutputMode, WholeSequence
 from conveyor_server.errors import ConveyorError, InboxFull, limit_text
+from conveyor_server.rpc.results import ResultsBudget
 from conveyor_server.rpc.streams import Streams
 from conveyor_server.scheduler.sampling import Sampling
 from tests.support.models import ATTENTIVE, BOTHWAYS, FEATURES, TOKENS
@@ -97,6 +98,10 @@ def _result_bytes(it: Rig) -> None:
     )
 
 
+def _results(it: Rig) -> None:
+    ResultsBudget(it.limits).count_for_call("ann", 2**20)
+
+
 def _idle_seconds(it: Rig) -> None:
     it.admission.idle_seconds(4)
 
@@ -154,6 +159,8 @@ PROVOKED: dict[str, tuple[float, Callable[[Rig], object]]] = {
     "inbox_chunks_max": (3, _inbox_chunks),
     "inbox_bytes_max": (1024, _inbox_bytes),
     "result_bytes_max": (1024, _result_bytes),
+    "principal_results_bytes_max": (1024, _results),
+    "results_total_bytes_max": (1024, _results),
     "idle_seconds_max": (3, _idle_seconds),
     "lifetime_seconds_max": (3, _lifetime_seconds),
     "host_state_bytes_max": (2048, _host_state_bytes),
@@ -166,8 +173,16 @@ ON_THE_WIRE = {
     "frame_entries_max",
     "slow_reader_seconds_max",
     "concurrent_calls_max",
+    "connections_max",
+    "connection_calls_max",
+    "connection_idle_seconds_max",
+    "connection_handshake_seconds_max",
+    "connection_watches_max",
+    "health_calls_max",
+    "message_seconds_max",
+    "request_bytes_max",
 }
-"""They need a server: tests/integration/test_limits.py."""
+"""They need a server: tests/integration/test_limits.py and tests/attacks."""
 REFUSE_NOTHING = {
     "running_predictions_max",
     "outbox_bytes_max",

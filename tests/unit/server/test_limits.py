@@ -17,6 +17,7 @@ from conveyor_server.errors import (
     StepsInFlightLimit,
 )
 from conveyor_server.sessions.held import ENTRY_BYTES
+from conveyor_server.store.checkpoint import decode
 from tests.support.models import FEATURES
 from tests.support.replies import Outcome, Recorder
 from tests.support.rig import PRINCIPAL, Rig
@@ -69,7 +70,7 @@ def test_a_fork_counts_all_its_copies_or_makes_none(limit: str) -> None:
 def test_an_import_counts_as_a_session(limit: str) -> None:
     rig = Rig(**{limit: 2})
     rig.open("a")
-    snapshot = rig.export("a")
+    snapshot = decode(rig.export("a"))
     rig.operations.import_(PRINCIPAL, snapshot, "b", 1.0)
     with pytest.raises((SessionsLimit, PrincipalSessionsLimit)):
         rig.operations.import_(PRINCIPAL, snapshot, "c", 1.0)

@@ -6,7 +6,7 @@ import pytest
 
 from conveyor_server.core import MemoryRows, ModelInfo, OpenMode
 from conveyor_server.errors import ConveyorError, DeviceOutOfMemory, SnapshotIncompatible
-from conveyor_server.store.checkpoint import decode, encode
+from conveyor_server.store.checkpoint import decode
 from tests.support.engine import straight_through
 from tests.support.models import ATTENTIVE, FEATURES
 from tests.support.rig import Rig, rows_of
@@ -129,7 +129,7 @@ def test_snapshots_hold_it_and_pages_do_not() -> None:
     it.step("s", 1, [1])
     snapshot = it.export()
     assert decode(snapshot).memory == ROW * 4
-    view = it.operations.import_("bob", snapshot, "new", 10.0)
+    view = it.operations.import_("bob", decode(snapshot), "new", 10.0)
     assert (view.memory_rows, view.applied_step) == (4, 1)
     assert decode(it.store.get(("bob", "new"))).memory == b""
     assert it.step("new", 2, [2], principal="bob") == it.step("s", 2, [2])
@@ -143,7 +143,7 @@ def test_a_snapshot_with_a_memory_that_does_not_fit_changes_nothing(rows: bytes)
     taken = decode(it.export())
     forged = replace(taken, header=replace(taken.header, memory_bytes=len(rows)), memory=rows)
     with pytest.raises(ConveyorError) as caught:
-        it.operations.import_("bob", encode(forged), "new", 10.0)
+        it.operations.import_("bob", forged, "new", 10.0)
     fits = SnapshotIncompatible.reason if len(rows) < len(ROW) else "MEMORY_TOO_LARGE"
     assert caught.value.reason == fits
     assert len(it.scheduler.sessions) == 1
@@ -157,7 +157,7 @@ def test_all_of_them_together_are_bounded() -> None:
     snapshot = it.export("c")
     for call in (
         lambda: it.open("d", memory=memory(1)),
-        lambda: it.operations.import_("bob", snapshot, "new", 10.0),
+        lambda: it.operations.import_("bob", decode(snapshot), "new", 10.0),
     ):
         with pytest.raises(ConveyorError) as caught:
             call()

@@ -26,6 +26,7 @@ from conveyor_server.rpc.oip.statistics import Statistics
 from conveyor_server.rpc.oip.stream import InferStream
 from conveyor_server.rpc.oip.tensors import Steps
 from conveyor_server.rpc.oip.underway import Request
+from conveyor_server.rpc.results import ResultsBudget
 from conveyor_server.rpc.service import Services
 from conveyor_server.rpc.streams import Streams
 from conveyor_server.scheduler.operations import Operations
@@ -99,6 +100,7 @@ class _Call:
             self.rig.metrics,
             self.rig.clock,
             "cpu",
+            ResultsBudget(self.rig.limits),
         )
         self.statistics = Statistics(self.rig.clock)
         self.sequences = Sequences(services, self.streams)

@@ -16,6 +16,7 @@ from conveyor_server.core import ModelKey
 from conveyor_server.errors import ModelNotFound
 from conveyor_server.metrics import Metrics
 from conveyor_server.rpc.predict import predict
+from conveyor_server.rpc.results import ResultsBudget
 from conveyor_server.rpc.service import Services
 from tests.support.clock import FakeClock
 from tests.support.models import ATTENTIVE, FEATURES
@@ -55,7 +56,9 @@ class _Driver:
 def _services(rig: Rig, meanwhile: Any) -> Services:
     driver, engine = cast(Any, _Driver(rig, meanwhile)), cast(Any, rig.engine)
     admission = Admission(LimitsConfig())
-    return Services(Config(), admission, driver, engine, Metrics(), FakeClock(), "cpu")
+    config = Config()
+    results = ResultsBudget(config.limits)
+    return Services(config, admission, driver, engine, Metrics(), FakeClock(), "cpu", results)
 
 
 REQUEST = session_pb2.PredictRequest(

@@ -327,7 +327,7 @@ def record_bytes() -> int:
 def test_copies_that_do_not_fit_are_refused_and_evict_nobody() -> None:
     rig = Rig(slots=1, host_state_bytes_max=6 * record_bytes())
     _pages_out(rig, "ab")
-    snapshot = rig.export("a")
+    snapshot = decode(rig.export("a"))
     rig.open("f", principal="eve")
     rig.step("f", 1, [1], principal="eve")
     for call in (

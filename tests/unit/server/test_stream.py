@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from conveyor_server.core import Chunk, Piece
 from conveyor_server.errors import SlowReader, StepGap
 from conveyor_server.metrics import Metrics
 from conveyor_server.rpc.outbox import Outbox
+from conveyor_server.rpc.results import ResultsBudget
 from conveyor_server.rpc.service import Services
 from conveyor_server.rpc.stream import OPERATIONS_MAX, StepStream
 from conveyor_server.rpc.streams import Streams
@@ -76,7 +77,7 @@ class _Driver:
 class _Call:
     """A stream under way."""
 
-    def __init__(self, **limits: Any) -> None:
+    def __init__(self, results: ResultsBudget | None = None, **limits: Any) -> None:
         self.limits = LimitsConfig(**limits)
         rig = Rig(limits=self.limits)
         self.context = _Context()
@@ -90,6 +91,7 @@ class _Call:
             self.metrics,
             FakeClock(),
             "cpu",
+            results or ResultsBudget(self.limits),
         )
         self.stream = StepStream(
             services, "ann", cast(Any, self.context), Streams(self.limits.streams_max)
@@ -131,6 +133,7 @@ class _Call:
             first = chunk.first_step + number * length
             rows = bytes(result_bytes(chunk) // pieces)
             final = number == pieces - 1
+            chunk.done += length
             self.stream.piece(chunk, Piece(first, length, rows, length, final))
         await settle()
 
@@ -331,11 +334,47 @@ async def test_what_cannot_be_converted_ends_its_stream_and_no_tick() -> None:
 
 
 async def test_pieces_without_rows_count() -> None:
-    outbox, context = Outbox(Metrics(), 2**20), _Context()
+    account = ResultsBudget(LimitsConfig()).account("ann", lambda: None)
+    outbox, context = Outbox(Metrics(), 2**20, account), _Context()
     for step in range(40_000):
         outbox.put_piece(1, Piece(step + 1, 1, b"", 0, final=True))
-    assert outbox.size_bytes >= 40_000 * 50  # about what they take on the wire and more than that
+    assert account.size_bytes >= 40_000 * 50  # about what they take on the wire and more than that
     await outbox.flush(cast(Any, context))
-    assert outbox.size_bytes == 0
+    assert account.size_bytes == 0
     assert max(frame.ByteSize() for frame in context.written) <= 2**20
     assert sum(len(frame.results.entries) for frame in context.written) == 40_000
+
+
+async def test_streams_of_one_principal_wait_for_room_in_order() -> None:
+    """What one stream's client leaves unread keeps others waiting until it goes."""
+    limits = {
+        "result_bytes_max": 200_000,
+        "principal_results_bytes_max": 200_000,
+        "outbox_bytes_max": 200_000,
+    }
+    results = ResultsBudget(LimitsConfig(**limits))
+    steps = 16_000
+    calls = [_Call(results, **limits) for _ in range(3)]
+    async with AsyncExitStack() as stack:
+        tasks = [await stack.enter_async_context(_served(call)) for call in calls]
+        handles = [await call.open("s") for call in calls]
+        for call, handle in zip(calls, handles, strict=True):
+            await call.steps((handle, 1, steps))
+        assert [len(call.driver.chunks) for call in calls] == [1, 0, 0]
+        await calls[2].steps((handles[2], 1, 1))
+        assert not calls[2].driver.chunks, "it is not read while it waits"
+        calls[0].context.reads.clear()
+        await calls[0].answer(calls[0].driver.chunks[0])
+        assert [len(call.driver.chunks) for call in calls] == [1, 0, 0]
+        tasks[0].cancel()
+        await settle()
+        assert tasks[0].done()
+        assert not calls[1].driver.chunks, "a frame that is being written counts"
+        calls[0].context.reads.set()
+        await settle()
+        assert [len(call.driver.chunks) for call in calls] == [1, 1, 0]
+        await calls[1].answer(calls[1].driver.chunks[0])
+        assert [len(call.driver.chunks) for call in calls] == [1, 1, 2]
+        await calls[2].answer(calls[2].driver.chunks[0])
+        await calls[2].answer(calls[2].driver.chunks[1])
+        assert results.size_bytes == 0

@@ -20,6 +20,7 @@ from conveyor_server.admission.admission import Admission
 from conveyor_server.clock import SystemClock
 from conveyor_server.config import Config, ListenConfig, TracingConfig
 from conveyor_server.metrics import Metrics
+from conveyor_server.rpc.results import ResultsBudget
 from conveyor_server.rpc.server import GrpcServer
 from conveyor_server.rpc.service import Services
 from conveyor_server.rpc.tracing import Tracing
@@ -74,6 +75,7 @@ class Served:
                 metrics=metrics,
                 clock=clock,
                 device="fake",
+                results=ResultsBudget(config.limits),
                 tracing=self.tracing,
             )
         )

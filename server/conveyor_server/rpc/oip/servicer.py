@@ -98,8 +98,7 @@ class InferenceServicer(UnsupportedCalls):
         if request.repository_name:
             raise NotSupported(
                 f"there is no repository {shown(request.repository_name)!r}: this server has one,"
-                " without"
-                " a name; leave repository_name empty"
+                " without a name; leave repository_name empty"
             )
         return describe.repository_index(await self._served())
 
@@ -153,6 +152,7 @@ class InferenceServicer(UnsupportedCalls):
         check_outputs(message, model)
         steps = read_steps(message, model, self._services.admission)
         caller = principal()
+        self._services.results.count_for_call(caller, steps.length * model.output_row_bytes)
         if one.asked.start:
             await self._sequences.make_way(one, model, caller, steps)
         self._sequences.submit(one, model, caller, steps)

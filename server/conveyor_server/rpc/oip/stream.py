@@ -37,10 +37,16 @@ class Answers(Outbox):
     """Requests in the order they came; written is the first of them once it is done."""
 
     def __init__(
-        self, metrics: Metrics, statistics: Statistics, services: Services, *, end_on_error: bool
+        self,
+        metrics: Metrics,
+        statistics: Statistics,
+        services: Services,
+        principal: str,
+        *,
+        end_on_error: bool,
     ) -> None:
         """`end_on_error`: whether the first failure ends the stream with its status."""
-        super().__init__(metrics, 0, METHOD)
+        super().__init__(metrics, 0, services.results.account(principal, self.notify), METHOD)
         self._requests: deque[tuple[Request, int]] = deque()
         self._responses = StreamResponses()
         self._statistics = statistics
@@ -63,7 +69,7 @@ class Answers(Outbox):
     def expect(self, request: Request, wanted_bytes: int) -> None:
         """Adds a request to be answered when its turn comes."""
         self._requests.append((request, wanted_bytes))
-        self.size_bytes += wanted_bytes
+        self.account.take(wanted_bytes)
         self.done(request)
 
     def done(self, request: Request) -> None:
@@ -73,7 +79,7 @@ class Answers(Outbox):
 
     def _next_frame(self) -> inference_pb2.ModelStreamInferResponse:
         request, wanted_bytes = self._requests.popleft()
-        self.size_bytes -= wanted_bytes
+        self._frame_bytes_written = wanted_bytes
         ready = self._clock.monotonic()
         if request.error is None:
             message = self._responses.answer(request)
@@ -112,7 +118,9 @@ class InferStream:
         self._limits = services.config.limits
         metadata = dict(context.invocation_metadata() or ())
         end_on_error = str(metadata.get(ENDS_ON_ERROR, "")).lower() == "true"
-        self._answers = Answers(services.metrics, statistics, services, end_on_error=end_on_error)
+        self._answers = Answers(
+            services.metrics, statistics, services, principal, end_on_error=end_on_error
+        )
         self.known: OrderedDict[str, ModelInfo] = OrderedDict()
         self._stopping = asyncio.Event()
 
@@ -139,9 +147,7 @@ class InferStream:
                 stopped.result()
             writer.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await answers.close(*tasks)
             if unanswered := answers.unanswered:
                 self._sequences.drop(unanswered)
 
@@ -232,8 +238,10 @@ class InferStream:
         await self._sequences.make_way(request, model, self._principal, steps)
 
     def _room_for(self, wanted_bytes: int) -> bool:
-        owed = self._answers.size_bytes
-        return not owed or owed + wanted_bytes <= self._limits.outbox_bytes_max
+        owed = self._answers.owed_bytes
+        if owed and owed + wanted_bytes > self._limits.outbox_bytes_max:
+            return False
+        return self._answers.account.room_for(wanted_bytes)
 
     async def _wait_for_room(self, wanted_bytes: int) -> None:
         self._answers.held = False
