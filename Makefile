@@ -49,6 +49,7 @@ check: $(DEV) ## lint, format, types, import contracts, contract, generated code
 	$(BIN)/python scripts/compose.py lint
 	$(BIN)/python scripts/dashboards.py check
 	$(BIN)/python scripts/rules.py check
+	$(BIN)/python scripts/envoy.py check
 	bash -n scripts/gpu_check.sh
 
 compose-check: $(DEV) ## build and start the containers, stream through them (needs a Docker engine)
