@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from conveyor.install import install_command
+from conveyor.os_errors import os_error_text
 from conveyor_server.admission.admission import Admission
 from conveyor_server.clock import SystemClock
 from conveyor_server.config import Config, TracingConfig
@@ -24,7 +25,6 @@ from conveyor_server.core import SessionState, Tier
 from conveyor_server.descriptors import DescriptorWatch, connections_that_fit, raise_limit
 from conveyor_server.engine.devices import choose_device
 from conveyor_server.engine.engine import TorchEngine
-from conveyor_server.errors import os_error_text
 from conveyor_server.hangup import HangUp
 from conveyor_server.metrics import Labels, Metrics
 from conveyor_server.monitoring import Monitoring

@@ -69,8 +69,13 @@ def import_keras(path: Path) -> ImportedModel:
             return keras_model(_json(path, text.encode()), legacy, version)
     except BundleError:
         raise
+    except RecursionError as error:
+        raise ImportFileError("its structure is nested too deep", path=path) from error
     except Exception as error:  # whatever HDF5 stumbles over, the file is at fault
-        raise ImportFileError(f"cannot be read: {error}", path=path) from error
+        raise ImportFileError(
+            "cannot be read: not HDF5 as Keras writes it, or damaged; is the download complete?",
+            path=path,
+        ) from error
 
 
 def _json(path: Path, data: bytes) -> dict[str, Any]:

@@ -37,7 +37,9 @@ def import_onnx(path: Path) -> ImportedModel:
     try:
         model.ParseFromString(data)
     except Exception as error:  # protobuf's DecodeError
-        raise ImportFileError(f"not an ONNX file: {error}", path=path) from error
+        raise ImportFileError(
+            "is not an ONNX file, or damaged; is the download complete?", path=path
+        ) from error
     graph = model.graph
     if not graph.node or not graph.output:
         raise ImportFileError("holds no graph", path=path)
@@ -65,7 +67,11 @@ def import_onnx(path: Path) -> ImportedModel:
         ValueError,
     ) as error:
         # A graph that contradicts itself; ONNX's own checker would not find all of these either.
-        raise ImportFileError(f"its graph does not hold together: {error}", path=path) from error
+        raise ImportFileError(
+            "its graph contradicts itself: check the file with onnx.checker.check_model, and export"
+            " it again",
+            path=path,
+        ) from error
 
 
 def _opset(model: Any) -> int:

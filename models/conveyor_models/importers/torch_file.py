@@ -62,7 +62,10 @@ def import_safetensors(path: Path, options: ImportOptions) -> ImportedModel:
     try:
         state = safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise ImportFileError(f"not valid safetensors: {error}", path=path) from error
+        raise ImportFileError(
+            "is not valid safetensors: tensors and header do not fit; is the download complete?",
+            path=path,
+        ) from error
     # safetensors.torch.save_model leaves out the second name of a tied weight, and says so there.
     tied = {
         name: kept
@@ -146,7 +149,10 @@ def import_pickle(path: Path, options: ImportOptions) -> ImportedModel:
             if "nsupported" in str(error) or "eights" in said:
                 said = pickle_advice(path, unpacked(path, archive, pickled, PICKLE_BYTES_MAX))
             else:
-                said = f"cannot be read as a state dict: {said}"
+                said = (
+                    "cannot be read as a state dict: it is damaged, or of a torch.save that this"
+                    " version of torch does not read; is the download complete?"
+                )
             raise ImportFileError(said, path=path) from error
     state, notes = _state(path, found)
     model = model_from_state(state, options)
