@@ -414,7 +414,7 @@ IMPORTS: Final[dict[str, tuple[Write, str]]] = {
     "pickle of memory": (memory_of_others, "names torch.FloatTensor"),
     "pickle that copies": (many_copies, "more than 2000000 steps"),
     "pickle of many steps": (many_steps, "more than 2000000 steps"),
-    "zip on several disks": (several_disks, "span multiple disks"),
+    "zip on several disks": (several_disks, "is not a sound zip"),
     "zip bomb of torch": (compressed, "is compressed"),
     "header of 2**62 bytes": (long_header, "expected at most 4194304"),
     "header of braces": (deep_header, "not valid JSON"),
