@@ -212,6 +212,11 @@ class Account:
         self.add(written_bytes - self.size_bytes)
         self._closed = True
         self._budget.wait_no_more(self)
+        self.wake = _nobody_waits  # it keeps the stream, which keeps the account
+
+
+def _nobody_waits() -> None:
+    """The `wake` of an account that is closed."""
 
 
 def _keep_until_done(account: Account) -> None:
