@@ -73,9 +73,8 @@ def check_pickle(path: Path, entry: str, pickled: bytes) -> None:
                     path=path,
                 )
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        said = str(error)[:200]
         raise ImportFileError(
-            f"cannot be read as a state dict: {entry} is damaged: {said}", path=path
+            f"cannot be read as a state dict: {entry} is damaged", path=path
         ) from error
 
 

@@ -132,10 +132,10 @@ FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
         state_dict(weight_hh_l0=PRECISE),
         "weight_hh_l0: holds 64-bit floats, some of which 32 bits cannot hold",
     ),
-    "a damaged pickle": (damaged_pickle, "cannot be read as a state dict: it is damaged"),
+    "a damaged pickle": (damaged_pickle, "cannot be read as a state dict: m/data.pkl is damaged$"),
     "a damaged zip": (content("m.pt", b"PK\x03\x04" + bytes(40)), "is not a sound zip"),
     "cut safetensors": (cut_safetensors, "is not valid safetensors"),
-    "HDF5 that is cut off": (hdf5_of_nothing, "cannot be read: not HDF5 as Keras"),
+    "HDF5 that is cut off": (hdf5_of_nothing, "cannot be read: it is damaged"),
     "no ONNX": (content("m.onnx", b"\xff" * 40), "is not an ONNX file, or damaged"),
     "an input of doubles": (
         graph(lambda: with_nodes(helper.make_node("Neg", ["x"], ["z"]), kind=TensorProto.DOUBLE)),
