@@ -176,14 +176,14 @@ class Attachment:
         self._pump()
         return chunk
 
-    async def wait_for(self, chunk: Chunk, seconds: float) -> None:
-        """Waits until a chunk is answered.
+    async def wait_for(self, chunk: Chunk, seconds: float, begun_seconds: float) -> None:
+        """Waits until a chunk is answered, at most `seconds` from the loop's time `begun_seconds`.
 
         Raises:
             DeadlineExceeded: It was not in time.
             ConveyorError: Why it failed.
         """
-        timer = self._loop.call_later(seconds, _expire, chunk, seconds)
+        timer = self._loop.call_at(begun_seconds + seconds, _expire, chunk, seconds)
         try:
             await chunk.future
         finally:

@@ -90,13 +90,20 @@ class Sender:
     async def wait_for(self, sent: Sent, timeout_seconds: float | None) -> Sent:
         """Waits until all of it is answered.
 
+        The time of a call is for all of it. Without one, each part has the client's time: a chunk
+        may be of any length.
+
         Raises:
             ConveyorError: Why it was not.
         """
         seconds = self._seconds if timeout_seconds is None else timeout_seconds
+        loop = asyncio.get_running_loop()
+        begun_seconds = loop.time()
         try:
             for chunk in sent.chunks:
-                await self._attachment.wait_for(chunk, seconds)
+                if timeout_seconds is None:
+                    begun_seconds = loop.time()
+                await self._attachment.wait_for(chunk, seconds, begun_seconds)
         finally:
             self._attachment.give_up(sent.chunks)  # of no effect on what is answered
         return sent

@@ -221,7 +221,8 @@ class Session:
         Args:
             inputs: One step or a chunk, see the class.
             output: Which rows come back; overrides the session's choice.
-            timeout_seconds: If given, the server also drops the chunk if it has not begun by then.
+            timeout_seconds: For all of it; the server also drops what it has not begun by then.
+                By default, each part of a long chunk has the client's time.
 
         Returns:
             The output rows, see the class.
