@@ -8,6 +8,7 @@ PYTEST_ARGS ?=
 PYTEST_WORKERS ?= auto
 BENCH_ARGS ?=
 SERVE_ARGS ?= --models models/zoo
+SOAK_SECONDS ?= 7200
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +25,7 @@ DEV := $(VENV)/.conveyor-dev
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-unit check compose-check format serve bench bench-cuda gpu-check proto
-.PHONY: docs wheel clean
+.PHONY: soak docs wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +49,7 @@ check: $(DEV) ## lint, format, types, import contracts, contract, generated code
 	$(BIN)/python scripts/compose.py lint
 	$(BIN)/python scripts/dashboards.py check
 	$(BIN)/python scripts/rules.py check
+	$(BIN)/python scripts/envoy.py check
 	bash -n scripts/gpu_check.sh
 
 compose-check: $(DEV) ## build and start the containers, stream through them (needs a Docker engine)
@@ -68,6 +70,10 @@ bench-cuda: $(DEV) ## measure the engine on a CUDA device, each line beside cuDN
 
 gpu-check: $(DEV) ## on a machine with a CUDA device: tests/gpu and bench-cuda, output to one file
 	PYTHON=$(BIN)/python scripts/gpu_check.sh
+
+soak: $(DEV) ## fuzz, then hours of clients that connect, step and are killed: SOAK_SECONDS=7200
+	$(PIP) --no-build-isolation --editable '.[fuzz]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(SOAK_SECONDS)
 
 proto: $(DEV) ## regenerate the Python code of the contract
 	$(BIN)/python scripts/proto.py generate

@@ -13,6 +13,7 @@ wherever `--ca` is given, certificate and name are verified as by every client.
 """
 
 import argparse
+import json
 import os
 import socket
 import ssl
@@ -52,6 +53,8 @@ def settings_of_server() -> Mapping[str, str]:
     listen: dict[str, str] = {}
     if file := os.environ.get("CONVEYOR_CONFIG"):
         listen = tomllib.loads(Path(file).read_text(encoding="utf-8")).get("listen", {})
+    if section := os.environ.get("CONVEYOR_LISTEN"):
+        listen |= json.loads(section)
     prefix = "CONVEYOR_LISTEN__"
     told = {k.removeprefix(prefix): v for k, v in os.environ.items() if k.startswith(prefix)}
     return listen | {name.lower(): value for name, value in told.items()}

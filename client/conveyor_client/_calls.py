@@ -1,6 +1,7 @@
 """The channel and its calls: metadata, deadlines and typed errors on every one of them."""
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import Int64Value, StringValue
 
 from conveyor.v1 import model_pb2_grpc, session_pb2_grpc
-from conveyor_client._errors import NotFound, NotOpen, Unavailable
+from conveyor_client._errors import InvalidField, NotFound, NotOpen, Unavailable
 from conveyor_client._home import Home
 from conveyor_client._lane import StepsCall
 from conveyor_client._policy import Options
@@ -23,6 +24,8 @@ _R = TypeVar("_R", bound=Message)
 Metadata = Sequence[tuple[str, str]]
 
 _SERVING = 1
+_PORT_MAX = 65_535
+_PORTS = re.compile(r":(\d+)(?=,|$)")
 _CALLS_END_SECONDS_MAX = 1.0
 
 
@@ -76,6 +79,7 @@ class Calls:
         tls: Tls | None = None,
         metadata: Metadata = (),
     ) -> None:
+        _check_port(target)
         self._options = options
         self.target = target
         self._metadata = tuple(metadata)
@@ -114,7 +118,8 @@ class Calls:
         if link is not None:
             if not self.home.lost:  # else its calls ended with their event loop
                 await link.channel.close()
-                await _calls_ended()
+                if self.home.last:  # else gRPC's threads go on for the others, who wait in turn
+                    await calls_ended()
             self.home.note_closed()
 
     def steps(self, key: str) -> StepsCall:
@@ -230,7 +235,19 @@ class Calls:
         return (*self._metadata, ("conveyor-key", key)) if key else self._metadata
 
 
-async def _calls_ended() -> None:
+def _check_port(target: str) -> None:
+    """Refuses a port that there is not, of which gRPC would take the last 16 bits."""
+    if target.startswith(("unix:", "unix-abstract:", "vsock:")):
+        return
+    for port in _PORTS.findall(target):
+        if int(port) > _PORT_MAX:
+            raise InvalidField(
+                f"target is {target!r}; expected a port of 0 to {_PORT_MAX}",
+                metadata={"field": "target"},
+            )
+
+
+async def calls_ended() -> None:
     """Waits, not for long, until gRPC has noticed that calls are cancelled.
 
     Its tasks for that hold the channel, and a loop that stops before they end keeps them for ever.

@@ -50,6 +50,7 @@ class Client(ById):
         options: Times and bounds.
 
     Raises:
+        InvalidField: The target has a port above 65535.
         NotOpen: This process was forked while a client was open.
     """
 
@@ -393,9 +394,8 @@ class Client(ById):
                     return lane
         if len(self._lanes) >= self.options.streams_max:
             raise LimitExceeded(
-                f"no room for one more session: each of the client's {len(self._lanes)} streams"
-                " is full"
-                f" (Options.streams_max is {self.options.streams_max})"
+                f"no room for one more session: each of the client's {len(self._lanes)} streams is"
+                f" full (Options.streams_max is {self.options.streams_max})"
             )
         sessions_max = self.options.stream_sessions_max
         if model is not None and model.limits.stream_sessions_max > 0:

@@ -10,7 +10,7 @@ import asyncio
 import gc
 import os
 from contextlib import suppress
-from weakref import WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from conveyor_client._errors import NotOpen
 
@@ -34,20 +34,27 @@ class _Forks:
     def __init__(self) -> None:
         self._open = WeakSet[object]()
         self._left: list[object] = []
+        self._in_loop = WeakKeyDictionary[asyncio.AbstractEventLoop, int]()
         self._closed_some = False
         self._running = False
         self.unusable = False
         if hasattr(os, "register_at_fork"):  # else there is no fork, either
             os.register_at_fork(before=self._before, after_in_child=self._in_child)
 
-    def add(self, client: object) -> None:
+    def add(self, client: object, loop: asyncio.AbstractEventLoop) -> None:
         """It opens a channel."""
         self._open.add(client)
+        self._in_loop[loop] = self.in_loop(loop) + 1
 
-    def discard(self, client: object) -> None:
+    def discard(self, client: object, loop: asyncio.AbstractEventLoop) -> None:
         """It closed its channel."""
         self._open.discard(client)
+        self._in_loop[loop] = self.in_loop(loop) - 1
         self._closed_some = True
+
+    def in_loop(self, loop: asyncio.AbstractEventLoop) -> int:
+        """How many clients have a channel in an event loop."""
+        return self._in_loop.get(loop, 0)
 
     def _before(self) -> None:
         # What a call that failed left in a reference cycle may keep a closed channel.
@@ -118,10 +125,15 @@ class Home:
 
     def note_open(self) -> None:
         """The client has a channel: a child forked from now on keeps it as it is."""
-        if (client := self._client()) is not None:
-            _forks.add(client)
+        if (client := self._client()) is not None and self._loop is not None:
+            _forks.add(client, self._loop)
 
     def note_closed(self) -> None:
         """The client's channel is gone, and of no concern to a child."""
-        if (client := self._client()) is not None:
-            _forks.discard(client)
+        if (client := self._client()) is not None and self._loop is not None:
+            _forks.discard(client, self._loop)
+
+    @property
+    def last(self) -> bool:
+        """Whether no other client has a channel in this client's event loop."""
+        return self._loop is None or _forks.in_loop(self._loop) <= 1

@@ -75,7 +75,10 @@ def load_bundle(folder: Path) -> Bundle:
     try:
         weights = safetensors.torch.load(data)
     except SafetensorError as error:
-        raise WeightsError(f"not valid safetensors: {error}", path=path) from error
+        raise WeightsError(
+            "not valid safetensors: the tensors do not fit the header; is the download complete?",
+            path=path,
+        ) from error
     _check_weights(path, weights, shapes)
     return Bundle(spec, MappingProxyType(weights), digest_of(spec, weights), folder)
 

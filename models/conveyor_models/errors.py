@@ -77,8 +77,3 @@ class AmbiguousModuleError(UnsupportedModuleError):
     ) -> None:
         super().__init__(message, key=key)
         self.answers = answers
-
-
-def os_reason(error: OSError) -> str:
-    """Why the operating system refused, without the number of the error."""
-    return (error.strerror or str(error)).lower()

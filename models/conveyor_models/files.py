@@ -7,7 +7,8 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from conveyor_models.errors import BundleFileError, os_reason
+from conveyor.os_errors import os_reason
+from conveyor_models.errors import BundleFileError
 
 
 def read_inside(

@@ -18,6 +18,7 @@ from typing import Final
 
 from torch import Tensor
 
+from conveyor.os_errors import os_reason
 from conveyor_models.bundle import (
     SPEC_FILE,
     WEIGHTS_FILE,
@@ -26,7 +27,7 @@ from conveyor_models.bundle import (
     load_spec,
     save_bundle,
 )
-from conveyor_models.errors import BundleError, RepositoryError, os_reason
+from conveyor_models.errors import BundleError, RepositoryError
 from conveyor_models.spec import ModelSpec
 
 FOLDERS_MAX: Final = 4_096

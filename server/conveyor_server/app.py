@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from conveyor.install import install_command
+from conveyor.os_errors import os_error_text
 from conveyor_server.admission.admission import Admission
 from conveyor_server.clock import SystemClock
 from conveyor_server.config import Config, TracingConfig
@@ -24,7 +25,6 @@ from conveyor_server.core import SessionState, Tier
 from conveyor_server.descriptors import DescriptorWatch, connections_that_fit, raise_limit
 from conveyor_server.engine.devices import choose_device
 from conveyor_server.engine.engine import TorchEngine
-from conveyor_server.errors import os_error_text
 from conveyor_server.hangup import HangUp
 from conveyor_server.metrics import Labels, Metrics
 from conveyor_server.monitoring import Monitoring
@@ -37,6 +37,7 @@ from conveyor_server.scheduler.models import ModelTable
 from conveyor_server.scheduler.operations import Operations
 from conveyor_server.scheduler.scheduler import Scheduler
 from conveyor_server.scheduler.traced import TracedDriver, TracedScheduler
+from conveyor_server.standard_error import StandardError
 from conveyor_server.store.memory import MemoryStore
 
 if TYPE_CHECKING:  # it needs an extra
@@ -76,8 +77,12 @@ class ServerBroken(Exception):
 class App:
     """One server process."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, standard_error: StandardError | None = None) -> None:
         """Builds everything; nothing runs yet.
+
+        Args:
+            config: All settings.
+            standard_error: Where the log goes, if it is not Python's own.
 
         Raises:
             DeviceError: The configured device is not there, or cannot be used.
@@ -88,6 +93,9 @@ class App:
         self._tracing = traced and traced(config.tracing)
         self._clock = SystemClock()
         self._metrics = Metrics()
+        self._standard_error = standard_error
+        if standard_error is not None:
+            standard_error.count_dropped(self._metrics.log_lines_dropped.add)
         self._device = choose_device(config.engine.device)
         self._engine = TorchEngine(
             self._device,
@@ -202,6 +210,8 @@ class App:
                 "exit_status": EXIT_DEVICE_LOST,
             },
         )
+        if self._standard_error is not None:
+            self._standard_error.drain()
         os._exit(EXIT_DEVICE_LOST)
 
     async def _stop(self, server: GrpcServer) -> None:

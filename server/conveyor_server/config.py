@@ -28,6 +28,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from conveyor.os_errors import os_error_text
 from conveyor_server.environment import (
     DELIMITER,
     PREFIX,
@@ -36,12 +37,12 @@ from conveyor_server.environment import (
     environment_problems,
     other_case,
 )
-from conveyor_server.errors import os_error_text
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 PORT_MAX = 65_535
+_NUMBERS: dict[object, str] = {int: "a whole number", float: "a number"}
 _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 _ENDPOINT = r"^(https?://[^/\s]+)?$"
 _PATTERNS = {
@@ -56,6 +57,15 @@ class ConfigError(Exception):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _flags_are_no_numbers(cls, value: object, info: ValidationInfo) -> object:
+        # Python, and pydantic with it, takes true for 1.
+        expected = _NUMBERS.get(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and expected is not None:
+            raise ValueError(f"found {str(value).lower()}; expected {expected}")
+        return value
 
 
 class ListenConfig(_Section):

@@ -80,18 +80,6 @@ def limit_text(limit: str, maximum: object, model: str = "") -> str:
     return f"{limit} is {value}{f' in the model.toml of {model!r}' if model else ''}"
 
 
-def os_error_text(error: OSError, path: object = None) -> str:
-    """What went wrong with which file, without the number of the error.
-
-    Args:
-        error: What the operating system said.
-        path: The file, where the error does not name the one that was asked for.
-    """
-    named = error.filename if path is None else path
-    why = (error.strerror or str(error) or "the operating system gave no reason").lower()
-    return f"{named}: {why}" if named else why
-
-
 class ConveyorError(Exception):
     """The root. Instances of leaves only are raised.
 

@@ -1,11 +1,13 @@
 """The log: one JSON object a line on standard error, whatever is in the message."""
 
+import atexit
 import json
 import logging
-import sys
 import traceback
 from datetime import UTC, datetime
 from typing import Final
+
+from conveyor_server.standard_error import StandardError, replace_standard_error
 
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -45,9 +47,29 @@ def _spelt(value: object) -> object:
     return value
 
 
-def configure_logging(level: str) -> None:
-    """Sends everything from `level` up to standard error, Python's own warnings included."""
-    handler = logging.StreamHandler(sys.stderr)
+def configure_logging(level: str) -> StandardError:
+    """Sends everything from `level` up to standard error, Python's own warnings included.
+
+    Nothing that is logged, nor any traceback, waits for who reads it. At the end of the process
+    what is queued is passed on.
+    """
+    stream, standard_error = replace_standard_error(_dropped)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
+    atexit.register(standard_error.drain)
+    return standard_error
+
+
+def _dropped(lines: int) -> bytes:
+    record = logging.makeLogRecord(
+        {
+            "name": __name__,
+            "levelno": logging.WARNING,
+            "levelname": "WARNING",
+            "msg": "log lines dropped: standard error was not read",
+            "lines": lines,
+        }
+    )
+    return JsonFormatter().format(record).encode() + b"\n"

@@ -117,6 +117,9 @@ class Metrics(Collector):
         self.rejected = Counter(
             "conveyor_rejected", "Calls, frames and chunks refused.", ("reason",)
         )
+        self.log_lines_dropped = Counter(
+            "conveyor_log_lines_dropped", "Log lines that standard error did not take."
+        )
         self.descriptors_exhausted = Counter(
             "conveyor_descriptors_exhausted",
             "Looks, one a second, that found no file descriptor left.",

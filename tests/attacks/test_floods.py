@@ -47,7 +47,7 @@ async def test_others_lose_no_call_to_a_flood_of_resets(server: ServerProcess) -
                 await wire.step(session_id, step, X)
 
         await asyncio.gather(*map(step_on, ids))
-        await flood
+        assert await flood, "the server closed the connection"
         assert resident_bytes(server) - before < 256 * 2**20
         started, handled = "grpc_server_started_total", "grpc_server_handled_total"
         await until(lambda: server.metric(started) == server.metric(handled))

@@ -66,6 +66,13 @@ def test_the_port_is_taken_from_the_configuration_file(
     assert probe(CONVEYOR_CONFIG=str(file) + ".absent") == 1
 
 
+def test_the_port_is_taken_from_a_section_in_one_variable(server: ServerProcess) -> None:
+    section = f'{{"address": "0.0.0.0:{port_of(server)}"}}'
+    assert probe(CONVEYOR_LISTEN=section) == 0
+    assert probe(CONVEYOR_LISTEN=section, CONVEYOR_LISTEN__ADDRESS="127.0.0.1:1") == 1
+    assert probe(CONVEYOR_LISTEN="{") == 1
+
+
 def test_where_nobody_answers_it_is_not() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from conveyor.os_errors import os_error_text
 from conveyor_client._errors import ConveyorError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -44,12 +45,6 @@ def run(
         raise typer.Exit(0) from None
     except OSError as error:
         fail(os_error_text(error))
-
-
-def os_error_text(error: OSError) -> str:
-    """What went wrong with which file, without the number of the error."""
-    why = (error.strerror or str(error)).lower()
-    return f"{error.filename}: {why}" if error.filename else why
 
 
 def fail(message: str) -> NoReturn:

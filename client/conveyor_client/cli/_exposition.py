@@ -8,8 +8,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TypeAlias
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
+from conveyor.os_errors import os_reason
 from conveyor_client._errors import TransportError
 
 Labels: TypeAlias = tuple[tuple[str, str], ...]
@@ -34,13 +35,7 @@ def fetch(url: str, timeout_seconds: float, context: ssl.SSLContext | None = Non
     Raises:
         TransportError: It does not answer, or not with metrics.
     """
-    parts = urlsplit(url if "//" in url else f"http://{url}")
-    if parts.scheme == "https":
-        connection = http.client.HTTPSConnection(
-            parts.netloc, timeout=timeout_seconds, context=context
-        )
-    else:
-        connection = http.client.HTTPConnection(parts.netloc, timeout=timeout_seconds)
+    parts, connection = _connection(url, timeout_seconds, context)
     try:
         connection.request("GET", parts.path or "/metrics")
         response = connection.getresponse()
@@ -50,13 +45,33 @@ def fetch(url: str, timeout_seconds: float, context: ssl.SSLContext | None = Non
             )
         return parse(response.read(_EXPOSITION_BYTES_MAX).decode())
     except OSError as error:
-        why = (error.strerror or str(error)).lower()
-        raise TransportError(f"cannot reach {url}: {why}", reason="TRANSPORT") from error
+        message = f"cannot reach {url}: {os_reason(error)}"
+        raise TransportError(message, reason="TRANSPORT") from error
     except (http.client.HTTPException, UnicodeDecodeError) as error:
         message = f"{url}: what answers there does not speak HTTP with metrics"
         raise TransportError(message, reason="TRANSPORT") from error
     finally:
         connection.close()
+
+
+def _connection(
+    url: str, timeout_seconds: float, context: ssl.SSLContext | None
+) -> tuple[SplitResult, http.client.HTTPConnection]:
+    parts = urlsplit(url if "//" in url else f"http://{url}")
+    try:
+        host, port = parts.hostname or "", parts.port
+        if not host.encode("idna"):
+            raise ValueError("no host")
+    except ValueError as error:  # a port that is no number or too large, or no name of a host
+        message = f"{url} is not an address of metrics; expected http://HOST:PORT"
+        raise TransportError(message, reason="TRANSPORT") from error
+    if parts.scheme == "https":
+        return parts, http.client.HTTPSConnection(
+            host, port or http.client.HTTPS_PORT, timeout=timeout_seconds, context=context
+        )
+    return parts, http.client.HTTPConnection(
+        host, port or http.client.HTTP_PORT, timeout=timeout_seconds
+    )
 
 
 def parse(text: str) -> Samples:

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from conveyor_client.cli._common import fail, os_error_text
+from conveyor.os_errors import os_error_text
+from conveyor_client.cli._common import fail
 
 MEMORY_FILE_BYTES_MAX = 256 * 1024 * 1024
 
@@ -88,8 +89,7 @@ def _table(file: Path, data: bytes) -> npt.NDArray[np.generic]:
         if len(rows[-1]) != len(rows[0]):
             raise MemoryRefused(
                 f"{file}: line {number}: {len(rows[-1])} numbers; expected {len(rows[0])}, as in"
-                " the"
-                " first row"
+                " the first row"
             )
     return np.array(rows, dtype=np.float64).reshape(len(rows), -1 if rows else 0)
 

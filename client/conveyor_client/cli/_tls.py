@@ -6,6 +6,8 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
+from conveyor.os_errors import os_error_text
+from conveyor.tls_files import pair_problem
 from conveyor_client._calls import Tls
 from conveyor_client.cli._common import fail
 
@@ -58,26 +60,20 @@ def _read(option: str, file: Path | None) -> bytes | None:
     try:
         return file.read_bytes()
     except OSError as error:
-        fail(f"{option} {file}: {(error.strerror or str(error)).lower()}")
+        fail(f"{option} {os_error_text(error, file)}")
 
 
 def _load_chain(context: ssl.SSLContext, cert: Path, key: Path) -> None:
-    try:
-        context.load_cert_chain(cert, key, password=_no_passphrase)
-    except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
+    match pair_problem(context, cert, key):
+        case "encrypted":
+            fail(f"--key {key}: the key is encrypted; give one without a passphrase")
+        case "apart":
             fail(f"--cert {cert} and --key {key} do not belong together")
-        fail(f"--cert {cert} and --key {key}: expected a chain and its private key, both in PEM")
-    except _Encrypted:
-        fail(f"--key {key}: the key is encrypted; give one without a passphrase")
-
-
-class _Encrypted(Exception):
-    pass
-
-
-def _no_passphrase() -> str:
-    raise _Encrypted  # instead of a question on the terminal
+        case "damaged":
+            both = f"--cert {cert} and --key {key}"
+            fail(f"{both}: expected a chain and its private key, both in PEM")
+        case None:
+            pass
 
 
 def explain(target: str, files: TlsFiles | None) -> str:
@@ -96,7 +92,7 @@ def explain(target: str, files: TlsFiles | None) -> str:
     host, port = matched[1], int(matched[2])
     try:
         connection = socket.create_connection((host, port), timeout=_PROBE_SECONDS_MAX)
-    except OSError:
+    except (OSError, UnicodeError):  # the latter: no host can have that name
         return ""
     with connection:
         if files is None:

@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.live import Live
 
 from conveyor.install import install_command
+from conveyor.os_errors import os_error_text
 from conveyor_client._client import Client
 from conveyor_client._errors import ConveyorError, InvalidInput, ModelNotFound, SessionNotFound
 from conveyor_client._nouns import ModelInfo, TraceMode
 from conveyor_client._session import Session
 from conveyor_client.cli._common import (
     fail,
-    os_error_text,
     say,
 )
 from conveyor_client.cli._connection import Connection, connecting

@@ -10,17 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from conveyor_models.errors import BundleFileError, ImportFileError
-from conveyor_models.importers.common import (
-    ImportedLayer,
-    ImportedModel,
-    blocks,
-    gru_tensors,
-    joined,
-    lstm_tensors,
-    read_file,
-    refused,
-)
+from conveyor_models.importers.common import ImportedLayer, ImportedModel, read_file, refused
 from conveyor_models.importers.foreign import folder_advice, foreign_advice
+from conveyor_models.importers.gates import blocks, gru_tensors, joined, lstm_tensors
 from conveyor_models.importers.options import (
     NO_OPTIONS,
     ImportOptions,

@@ -24,7 +24,9 @@ def checked_entries(path: Path, data: bytes, entries_max: int, bytes_max: int) -
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
-        raise ImportFileError(f"not a sound zip: {error}", path=path) from error
+        raise ImportFileError(
+            "is not a sound zip: it is cut off or damaged; is the download complete?", path=path
+        ) from error
     entries = archive.infolist()
     total = sum(entry.file_size for entry in entries)
     names = [entry.filename for entry in entries]
@@ -64,7 +66,9 @@ def unpacked(path: Path, archive: zipfile.ZipFile, name: str, bytes_max: int) ->
         with archive.open(entry) as file:
             content = file.read(entry.file_size + 1)
     except Exception as error:  # zlib's, zipfile's, and RuntimeError where it is encrypted
-        raise ImportFileError(f"{name}: damaged: {error}", path=path, key=name) from error
+        raise ImportFileError(
+            f"{name} is damaged or encrypted; is the download complete?", path=path, key=name
+        ) from error
     if len(content) != entry.file_size:
         raise ImportFileError(f"{name}: not of the size announced", path=path, key=name)
     return content

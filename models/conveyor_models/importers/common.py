@@ -1,4 +1,4 @@
-"""What the importers share: the model they arrive at, and the ways to rearrange weights.
+"""What the importers share: the model they arrive at, and how weights are checked.
 
 Every importer turns a file into an `ImportedModel`, which says itself as model.toml and as the
 tensors of the bundle. What cannot be carried over exactly is refused by `refused`.
@@ -7,7 +7,7 @@ tensors of the bundle. What cannot be carried over exactly is refused by `refuse
 from __future__ import annotations
 
 import importlib
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from conveyor_models.spec import LAYERS_MAX, WEIGHT_VALUES_MAX, ModelSpec, spec_
 FILE_BYTES_MAX: Final = 4 * WEIGHT_VALUES_MAX + 64 * 1024 * 1024
 """Of any file that is read: the most weights a model may have, and room for the rest."""
 NAMES_SHOWN_MAX: Final = 4
+_TYPE: Final = re.compile(r"(q?)(bool|complex|b?float|uint|int)(\d*)(?:_\w+)?")
 _EXACT: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -49,6 +50,18 @@ def listed(names: Sequence[str]) -> str:
     shown = ", ".join(name[:80] for name in names[:NAMES_SHOWN_MAX])
     more = len(names) - NAMES_SHOWN_MAX
     return f"{shown} and {more} more" if more > 0 else shown
+
+
+def kind_of(dtype: np.dtype[Any] | torch.dtype) -> str:
+    """What numbers of a type are, in words for people: "64-bit floats"."""
+    name = dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
+    match = _TYPE.fullmatch(name)
+    if match is None:
+        return "values that are not numbers"
+    quantised, kind, bits = match.groups()
+    nouns = {"bool": "booleans", "complex": "complex numbers", "uint": "unsigned integers"}
+    noun = nouns.get(kind, "floats" if kind.endswith("float") else "integers")
+    return f"{'quantised ' if quantised else ''}{f'{bits}-bit ' if bits else ''}{noun}"
 
 
 def read_file(path: Path, bytes_max: int = FILE_BYTES_MAX) -> bytes:
@@ -89,14 +102,18 @@ def exact_float32(name: str, tensor: Tensor) -> Tensor:
     """
     plain = not tensor.is_quantized and tensor.layout == torch.strided
     if not plain or tensor.dtype not in (*_EXACT, torch.float64):
-        kind = tensor.dtype if plain or tensor.is_quantized else tensor.layout
-        raise refused(name, f"is of type {kind}, expected floats")
+        kind = kind_of(tensor.dtype)
+        if not plain and not tensor.is_quantized:
+            kind = "a sparse tensor" if tensor.dtype.is_floating_point else f"sparse {kind}"
+        raise refused(name, f"holds {kind}, expected floats of at most 64 bits")
     if tensor.is_meta or tensor.numel() > WEIGHT_VALUES_MAX:
         raise refused(name, f"{tensor.numel()} values, expected at most {WEIGHT_VALUES_MAX}")
     single = tensor.detach().cpu().to(torch.float32, copy=True).contiguous()
     if tensor.dtype == torch.float64 and not torch.equal(single.double(), tensor.detach().cpu()):
         raise refused(
-            name, "is float64 and holds values that float32 does not; convert the model first"
+            name,
+            "holds 64-bit floats, some of which 32 bits cannot hold; convert the model to 32-bit"
+            " floats first",
         )
     if not bool(single.isfinite().all()):
         raise refused(name, "has a NaN or an infinity")
@@ -110,153 +127,9 @@ def tensor_of(name: str, array: np.ndarray[Any, Any]) -> Tensor:
         UnsupportedModuleError: it is not made of finite floats, or float32 cannot hold one of them.
     """
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        raise refused(name, f"is of type {array.dtype}, expected floats")
+        raise refused(name, f"holds {kind_of(array.dtype)}, expected floats of at most 64 bits")
     native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=True)
     return exact_float32(name, torch.from_numpy(native))  # pyright: ignore[reportUnknownMemberType]
-
-
-LSTM_GATES: Final = "ifgo"
-"""The bundle's order of an LSTM's gates: input, forget, cell (g), output."""
-GRU_GATES: Final = "rzn"
-"""The bundle's order of a GRU's gates: reset, update, new."""
-
-
-def blocks(tensor: Tensor, gates: str) -> dict[str, Tensor]:
-    """The rows of each gate.
-
-    Args:
-        tensor: [G * H, ...], one block of H rows for each of the G gates.
-        gates: a letter for each gate, in the order of the blocks.
-
-    Returns:
-        Letter -> [H, ...], views of `tensor`.
-
-    Raises:
-        UnsupportedModuleError: the rows do not divide into as many blocks, or a letter comes twice.
-
-    Example:
-        >>> blocks(torch.arange(4), "zr")["r"]
-        tensor([2, 3])
-    """
-    rows = tensor.shape[0] if tensor.dim() else 0
-    if not rows or len(set(gates)) != len(gates) or rows % len(gates):
-        raise refused(
-            f"gates {gates!r}",
-            f"a tensor of shape {list(tensor.shape)}, expected as many rows for each gate",
-        )
-    return dict(zip(gates, tensor.chunk(len(gates)), strict=True))
-
-
-def joined(parts: Mapping[str, Tensor], gates: str) -> Tensor:
-    """The blocks one below the other; undoes `blocks`, in another order of gates if asked to.
-
-    Args:
-        parts: letter -> [H, ...], as `blocks` gives them.
-        gates: the letters in the order wanted.
-
-    Returns:
-        [G * H, ...]
-
-    Raises:
-        UnsupportedModuleError: a letter has no block, or the blocks differ in shape.
-
-    Example:
-        >>> joined(blocks(torch.arange(4), "zr"), "rz")
-        tensor([2, 3, 0, 1])
-    """
-    missing = [gate for gate in gates if gate not in parts]
-    if missing or len({parts[gate].shape for gate in gates}) != 1:
-        shapes = {gate: list(part.shape) for gate, part in parts.items()}
-        raise refused(f"gates {gates!r}", f"blocks {shapes}, expected one of one shape for each")
-    return torch.cat([parts[gate] for gate in gates])
-
-
-def lstm_tensors(
-    input_weight: Tensor, recurrent_weight: Tensor, bias: Tensor, gates: str
-) -> dict[str, Tensor]:
-    """The bundle's tensors of an LSTM, its gates brought into the bundle's order.
-
-    Args:
-        input_weight: [4 * H, I], what multiplies a row of I features.
-        recurrent_weight: [4 * H, P], what multiplies h; P is H without a projection.
-        bias: [4 * H]; where a framework has two, their sum.
-        gates: the order of the four blocks of rows, of the letters of "ifgo": input, forget, cell
-            (g), output. PyTorch has "ifgo", ONNX "iofg" and Keras "ifgo".
-
-    Returns:
-        `weight_input`, `weight_recurrent` and `bias` of one layer, to be stored under
-        `layers.K.weight_input` and so on.
-
-    Raises:
-        UnsupportedModuleError: the shapes do not fit each other, or the letters are others.
-
-    Example:
-        >>> tensors = lstm_tensors(W, R, B[: 4 * H] + B[4 * H :], "iofg")  # of an ONNX node
-    """
-    given = {"weight_input": input_weight, "weight_recurrent": recurrent_weight, "bias": bias}
-    _check_gates(gates, LSTM_GATES)
-    _check_rows(given)
-    return {name: joined(blocks(tensor, gates), LSTM_GATES) for name, tensor in given.items()}
-
-
-def gru_tensors(
-    weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor], gates: str, reset: str
-) -> dict[str, Tensor]:
-    """The bundle's tensors of a GRU, its gates brought into the bundle's order.
-
-    Args:
-        weights: what multiplies a row [3 * H, I], and what multiplies h [3 * H, H].
-        biases: the one beside either, [3 * H] each; zeros where a framework has one alone.
-        gates: the order of the three blocks of rows, of the letters of "rzn": reset, update, new.
-            PyTorch has "rzn", ONNX and Keras "zrn" (they call n h).
-        reset: "after" where the reset gate multiplies R h + b (PyTorch, Keras), "before" where it
-            multiplies h (ONNX unless `linear_before_reset`); then the two biases of n are one.
-
-    Returns:
-        `weight_input`, `weight_recurrent` and `bias` of one layer, with "after" `bias_recurrent`
-        as well, which is [H].
-
-    Raises:
-        UnsupportedModuleError: the shapes do not fit each other, or `gates` or `reset` is another.
-
-    Example:
-        >>> tensors = gru_tensors(
-        ...     (kernel.T, recurrent_kernel.T), (bias[0], bias[1]), "zrn", "after"
-        ... )  # of a GRU of Keras
-    """
-    _check_gates(gates, GRU_GATES)
-    if reset not in ("after", "before"):
-        raise refused(f"reset {reset!r}", "expected 'after' or 'before'")
-    given = {"weight_input": weights[0], "weight_recurrent": weights[1]}
-    if weights[1].dim() == 2 and weights[1].shape[0] != 3 * weights[1].shape[1]:
-        raise refused("weight_recurrent", f"shape {list(weights[1].shape)}, expected [3 * H, H]")
-    _check_rows(given | {"bias": biases[0]})
-    _check_rows(given | {"bias": biases[1]})
-    of_input, of_h = (blocks(each, gates) for each in biases)
-    summed = {gate: of_input[gate] + of_h[gate] for gate in gates}
-    if reset == "after":
-        summed["n"] = of_input["n"]
-    tensors = {name: joined(blocks(each, gates), GRU_GATES) for name, each in given.items()}
-    tensors["bias"] = joined(summed, GRU_GATES)
-    return tensors | ({"bias_recurrent": of_h["n"].clone()} if reset == "after" else {})
-
-
-def _check_gates(gates: str, letters: str) -> None:
-    if sorted(gates) != sorted(letters):
-        raise refused(f"gates {gates!r}", f"expected the letters of {letters!r}, each once")
-
-
-def _check_rows(given: Mapping[str, Tensor]) -> None:
-    """Two matrices and a bias have as many rows."""
-    dims = {"weight_input": 2, "weight_recurrent": 2, "bias": 1}
-    rows = given["weight_recurrent"].shape[0] if given["weight_recurrent"].dim() else 0
-    for name, tensor in given.items():
-        if tensor.dim() != dims[name] or tensor.shape[0] != rows:
-            raise refused(
-                name,
-                f"shape {list(tensor.shape)}, expected [{rows}{', any' if dims[name] == 2 else ''}]"
-                " beside the recurrent weight",
-            )
 
 
 # --- The model ---------------------------------------------------------------------------------
@@ -390,8 +263,17 @@ def checked_values(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
     Raises:
         ImportFileError: they are.
     """
-    total = sum(math.prod(shape) for shape in shapes.values())
-    if total > WEIGHT_VALUES_MAX:
-        raise ImportFileError(
-            f"{total} numbers in its tensors, expected at most {WEIGHT_VALUES_MAX}", path=path
-        )
+    total = 0
+    for name, shape in shapes.items():
+        values = 1
+        for length in sorted(shape):  # from 0 on
+            values *= max(length, 0)
+            if values > WEIGHT_VALUES_MAX:  # the product of all may have millions of digits
+                break
+        total += values
+        if total > WEIGHT_VALUES_MAX:
+            raise ImportFileError(
+                f"more numbers in its tensors, up to {name[:80]}, than expected: at most"
+                f" {WEIGHT_VALUES_MAX}",
+                path=path,
+            )

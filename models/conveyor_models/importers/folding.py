@@ -20,8 +20,9 @@ from conveyor_models.spec import WEIGHT_VALUES_MAX
 
 _DIRECTIONS = ("", "reverse.")
 OFFSET_MAX: Final = 1024
-"""Of what is added to a scaled feature. Folding moves the difference between an input and its mean
-into float32 sums: a mean as many deviations from 0 as this costs 2^-14 of a deviation."""
+"""Of what is added to a scaled feature, and of a mean in deviations. Folding moves the difference
+between an input and its mean into float32 sums: a mean as many deviations from 0 as this costs
+2^-14 of a deviation."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,11 +129,13 @@ def batch_norm(
         beta: [size], or none for 0.
 
     Raises:
-        UnsupportedModuleError: variance + epsilon is not positive.
+        UnsupportedModuleError: variance + epsilon is not positive, or a mean is too far from 0.
     """
     inner = variance.double() + epsilon
     if not bool((inner > 0).all()):
         raise refused(name, f"variance + {epsilon} is not positive")
+    # Before gamma, which could hide how many deviations a mean is from 0.
+    check_offsets(scale(name, inner.rsqrt(), -mean.double() * inner.rsqrt()))
     factor = inner.rsqrt() if gamma is None else gamma.double() / inner.sqrt()
     offset = -mean.double() * factor
     return scale(name, factor, offset if beta is None else offset + beta.double())
@@ -201,9 +204,10 @@ def into_layer(affine: Affine, layer: ImportedLayer) -> ImportedLayer:
     peepholes and the reset gate keep their meaning.
 
     Raises:
-        UnsupportedModuleError: the layer reads another number of features.
+        UnsupportedModuleError: the layer reads another number of features, or digits would be lost.
     """
     _check_chain(affine, layer.name, layer.input_size)
+    check_offsets(affine)
     tensors = dict(layer.tensors)
     for way in _DIRECTIONS:
         if f"{way}weight_input" not in tensors:

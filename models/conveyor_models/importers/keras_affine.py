@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conveyor_models.importers.common import refused
-from conveyor_models.importers.folding import Affine, batch_norm, scale
+from conveyor_models.importers.folding import Affine, batch_norm, check_offsets, scale
 from conveyor_models.importers.keras_cells import flag_of
 from conveyor_models.spec import Shape
 
@@ -17,9 +17,6 @@ Take: TypeAlias = Callable[[Sequence[Shape], int], list[Tensor]]
 """Hands over weights of these shapes, and passes over so many after them."""
 EPSILON: Final = 1e-7
 """The least deviation that Keras divides by."""
-OFFSET_MAX: Final = 1024
-"""Of a mean, in deviations. Folding moves the difference between an input and the mean into float32
-sums: the mean of a feature that is as far from 0 as this costs 2^-14 of a deviation."""
 
 
 def normalization(name: str, config: Mapping[str, Any], size: int, take: Take, axis: int) -> Affine:
@@ -38,7 +35,9 @@ def normalization(name: str, config: Mapping[str, Any], size: int, take: Take, a
     mean, deviation = mean.double(), variance.double().sqrt().clamp(min=EPSILON)
     if flag_of(name, config, "invert", absent=False):
         return scale(name, deviation, mean)
-    return _checked(scale(name, 1 / deviation, -mean / deviation))
+    affine = scale(name, 1 / deviation, -mean / deviation)
+    check_offsets(affine)
+    return affine
 
 
 def batch_normalization(
@@ -58,7 +57,6 @@ def batch_normalization(
     gamma = found.pop(0) if has[0] else None
     beta = found.pop(0) if has[1] else None
     mean, variance = found
-    _checked(batch_norm(name, mean, variance, epsilon, None, None))
     return batch_norm(name, mean, variance, epsilon, gamma, beta)
 
 
@@ -67,18 +65,6 @@ def rescaling(name: str, config: Mapping[str, Any], size: int, take: Take, axis:
     del take, axis
     factor, offset = (_numbers(name, config, key, size) for key in ("scale", "offset"))
     return scale(name, factor, offset)
-
-
-def _checked(affine: Affine) -> Affine:
-    far = int(affine.bias.abs().argmax())
-    if float(affine.bias.abs()[far]) > OFFSET_MAX:
-        raise refused(
-            affine.name,
-            f"the mean of feature {far} is {float(affine.bias.abs()[far]):.3g} deviations from 0,"
-            f" expected at most {OFFSET_MAX}: folding it into float32 weights would lose digits;"
-            " subtract it from the inputs, or leave out a feature that never changes",
-        )
-    return affine
 
 
 def _numbers(name: str, config: Mapping[str, Any], key: str, size: int) -> Tensor:

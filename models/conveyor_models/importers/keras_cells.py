@@ -17,7 +17,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from conveyor_models.importers.common import ImportedLayer, gru_tensors, lstm_tensors, refused
+from conveyor_models.importers.common import ImportedLayer, refused
+from conveyor_models.importers.gates import gru_tensors, lstm_tensors
 from conveyor_models.spec import SIZE_MAX, Shape
 
 HARD_SIGMOID_SLOPES: Final = {2: 0.2, 3: 1 / 6}

@@ -21,6 +21,7 @@ from conveyor_models.importers.common import (
     read_file,
     reader_module,
 )
+from conveyor_models.importers.hdf5_walk import hdf5_problem
 from conveyor_models.importers.keras_layers import keras_model
 from conveyor_models.importers.keras_weights import ArchiveWeights, LegacyWeights
 
@@ -53,6 +54,9 @@ def import_keras(path: Path) -> ImportedModel:
             weights = unpacked(path, archive, "model.weights.h5", bytes_max)
     else:
         config, version, weights = None, 0, data
+    problem = hdf5_problem(weights)
+    if problem is not None:
+        raise ImportFileError(f"cannot be read: {problem}", path=path)
     try:
         with h5py.File(io.BytesIO(weights), "r") as file:
             if config is not None:
@@ -65,8 +69,13 @@ def import_keras(path: Path) -> ImportedModel:
             return keras_model(_json(path, text.encode()), legacy, version)
     except BundleError:
         raise
+    except RecursionError as error:
+        raise ImportFileError("its structure is nested too deep", path=path) from error
     except Exception as error:  # whatever HDF5 stumbles over, the file is at fault
-        raise ImportFileError(f"cannot be read: {error}", path=path) from error
+        raise ImportFileError(
+            "cannot be read: not HDF5 as Keras writes it, or damaged; is the download complete?",
+            path=path,
+        ) from error
 
 
 def _json(path: Path, data: bytes) -> dict[str, Any]:

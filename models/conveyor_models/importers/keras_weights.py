@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 from torch import Tensor
 
-from conveyor_models.importers.common import refused, tensor_of
+from conveyor_models.importers.common import kind_of, refused, tensor_of
 from conveyor_models.spec import Shape
 
 _KERAS_2_LAYERS: Final = "_layer_checkpoint_dependencies"
@@ -65,7 +65,7 @@ class _Weights:
         if tuple(found.shape) != shape:
             raise refused(layer, f"{path}: shape {list(found.shape)}, expected {list(shape)}")
         if np.dtype(found.dtype).kind != "f":
-            raise refused(layer, f"{path} is of type {found.dtype}, expected floats")
+            raise refused(layer, f"{path} holds {kind_of(np.dtype(found.dtype))}, expected floats")
         # HDF5 makes up what was never written, as much of it as the structure asks for.
         if found.id.get_storage_size() != found.nbytes:
             raise refused(layer, f"{path} holds fewer bytes than its shape takes")

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from conveyor_models.importers.common import kind_of
 from conveyor_models.importers.onnx_node import Inputs, Node, Operator, at, first
 from conveyor_models.importers.onnx_shapes import ARITHMETIC, ONE, Length, product, same
 from conveyor_models.importers.onnx_values import (
@@ -70,7 +71,7 @@ def known_side(node: Node, value: Value) -> Array:
 
 def _of_arrays(node: Node, left: Array, right: Array) -> Array:
     if node.op not in _BINARY or left.dtype.kind not in "fiu" or right.dtype.kind not in "fiu":
-        raise node.refused(f"of {left.dtype} and {right.dtype}")
+        raise node.refused(f"of {kind_of(left.dtype)} and {kind_of(right.dtype)}")
     node.spend(np.broadcast_shapes(left.shape, right.shape))
     if node.op == "Div" and left.dtype.kind in "iu":
         if not right.all():
@@ -159,7 +160,7 @@ def unary(node: Node, inputs: Inputs) -> list[Value]:
         return [Lengths(tuple(each.times(Length.of(-1)) for each in value.of), value.scalar)]
     array = value.array if isinstance(value, Repeated) else known_side(node, value)
     if array.dtype.kind != "f" and not (node.op in ("Neg", "Abs") and array.dtype.kind == "i"):
-        raise node.refused(f"of {array.dtype}")
+        raise node.refused(f"of {kind_of(array.dtype)}")
     node.spend(array.shape)
     with np.errstate(all="ignore"):
         found = np.asarray(_UNARY[node.op](array))

@@ -19,17 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conveyor_models.importers.common import (
-    ImportedLayer,
-    blocks,
-    gru_tensors,
-    joined,
-    lstm_tensors,
-    refused,
-    tensor_of,
-)
+from conveyor_models.importers.common import ImportedLayer, refused, tensor_of
+from conveyor_models.importers.gates import blocks, gru_tensors, joined, lstm_tensors
 from conveyor_models.importers.onnx_shapes import Length
-from conveyor_models.importers.onnx_states import initial_tensors, lengths_note, outside
+from conveyor_models.importers.onnx_states import (
+    does_not_fit,
+    initial_tensors,
+    lengths_note,
+    outside,
+)
 from conveyor_models.importers.onnx_values import Value, known
 
 GATES: Final = {"LSTM": "iofg", "GRU": "zrn", "RNN": "h"}
@@ -203,7 +201,7 @@ def _tensor(node: CellNode, what: str, shape: tuple[int | None, ...]) -> Tensor:
         wanted in (None, found) for wanted, found in zip(shape, array.shape, strict=True)
     )
     if not fits or array.dtype.kind != "f":
-        raise refused(node.name, f"{what}: {array.dtype} {list(array.shape)}, does not fit")
+        raise refused(node.name, does_not_fit(what, array))
     return tensor_of(f"{node.name}: {what}", array)
 
 

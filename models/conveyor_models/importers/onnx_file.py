@@ -22,6 +22,8 @@ from conveyor_models.importers.onnx_tensors import array_of
 from conveyor_models.importers.onnx_values import Array
 
 NODES_MAX: Final = 16_384
+TENSORS_MAX: Final = 2 * NODES_MAX
+"""Initializers: a node reads a few."""
 OPSET_MIN: Final = 7
 """Before it, the recurrent operators and Gemm had another form."""
 OPSET_MAX: Final = 26
@@ -35,12 +37,18 @@ def import_onnx(path: Path) -> ImportedModel:
     try:
         model.ParseFromString(data)
     except Exception as error:  # protobuf's DecodeError
-        raise ImportFileError(f"not an ONNX file: {error}", path=path) from error
+        raise ImportFileError(
+            "is not an ONNX file, or damaged; is the download complete?", path=path
+        ) from error
     graph = model.graph
     if not graph.node or not graph.output:
         raise ImportFileError("holds no graph", path=path)
     if len(graph.node) > NODES_MAX:
         raise ImportFileError(f"{len(graph.node)} nodes, expected at most {NODES_MAX}", path=path)
+    if len(graph.initializer) > TENSORS_MAX:
+        raise ImportFileError(
+            f"{len(graph.initializer)} initializers, expected at most {TENSORS_MAX}", path=path
+        )
     for part in ("functions", "training_info"):
         if getattr(model, part):
             raise refused(part, "are not supported")
@@ -50,9 +58,20 @@ def import_onnx(path: Path) -> ImportedModel:
         return Graph(onnx, graph, opset, constants, model.producer_name).model()
     except BundleError:
         raise
-    except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
+    except (
+        ArithmeticError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         # A graph that contradicts itself; ONNX's own checker would not find all of these either.
-        raise ImportFileError(f"its graph does not hold together: {error}", path=path) from error
+        raise ImportFileError(
+            "its graph contradicts itself: check the file with onnx.checker.check_model, and export"
+            " it again",
+            path=path,
+        ) from error
 
 
 def _opset(model: Any) -> int:

@@ -120,11 +120,8 @@ def gemm(node: Node, inputs: Inputs) -> list[Value]:
     found = None if bias is None else known(node.name, "its bias", bias)
     if found is not None:
         size = matrix.shape[0]
-        if (
-            found.ndim > 2
-            or found.size not in (1, size)
-            or found.shape[-1:] not in ((), (1,), (size,))
-        ):
+        # One number for each row of the batch, [size, 1], would be of the right size as well.
+        if found.ndim > 2 or (found.size != 1 and found.shape not in ((size,), (1, size))):
             raise node.refused(f"with a bias of shape {list(found.shape)[:8]}")
         found = np.broadcast_to(_scaled(found.reshape(-1), beta), (size,))
     return [_times(node, flow, _scaled(matrix, alpha), found)]

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import numpy as np
+
 from conveyor_models.importers import folding
 from conveyor_models.importers.common import (
     ImportedLayer,
     ImportedModel,
+    kind_of,
     listed,
     refused,
     tensor_of,
@@ -68,7 +71,8 @@ def assembled(outputs: Sequence[tuple[str, Value]], notes: Sequence[str]) -> Imp
     if not model.layers:
         raise refused(rows.names[0], "no recurrent node on the way from the input")
     if stages[0].content != "float32" and model.embedding is None:
-        raise refused(stages[0].node, f"is of type {stages[0].content}, expected float32")
+        kind = kind_of(np.dtype(str(stages[0].content)))
+        raise refused(stages[0].node, f"takes {kind}, expected 32-bit floats")
     _add_head(model, rows)
     for name, flow in zip(rows.names, rows.flows, strict=True):
         model.notes += _notes_of_rows(name, flow, rows)
@@ -213,7 +217,6 @@ def _add_stages(model: ImportedModel, stages: Sequence[Stage], rows: _Rows) -> N
             continue
         layer = _layer(stage)
         if stage.affine is not None:
-            folding.check_offsets(stage.affine)
             layer = folding.into_layer(stage.affine, layer)
             if not stage.affine.moves:
                 model.notes.append(folding.note_of(stage.affine, layer.name))

@@ -163,6 +163,7 @@ def _gather(node: Node, flow: Flow, inputs: Inputs) -> list[Value]:
 
 def _taken(node: Node, flow: Flow, axis: int, wanted: Several[int], drops: bool) -> Flow:
     """Entries along one axis."""
+    node.spend((len(wanted),))
     kept: tuple[Axis, ...] = () if drops else ((),)
     own, length = flow.axes[axis], flow.lengths[axis].known
     rest = (*flow.axes[:axis], *kept, *flow.axes[axis + 1 :])
@@ -194,6 +195,7 @@ def _features_taken(
     own = flow.axes[axis]
     inner = flow.features[1:] if own != flow.features else ()
     size = math.prod(atom.length.known or 0 for atom in inner)
+    node.spend((len(places), size))
     entries = [place * size + each for place in places for each in range(size)]
     found = selected(node, flow, entries)
     new = axis_of(Atom(f"{node.name}.chosen", Length.of(len(places))))

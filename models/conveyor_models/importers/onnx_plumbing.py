@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 
+from conveyor_models.importers.common import kind_of
 from conveyor_models.importers.onnx_node import (
     Inputs,
     Node,
@@ -298,12 +299,12 @@ def cast(node: Node, inputs: Inputs) -> list[Value]:
     target = np.dtype(node.attributes["to"])
     if isinstance(value, Lengths | Counts):
         if target.kind not in "iu" or target.itemsize < 4:
-            raise node.refused(f"a shape, to {target}")
+            raise node.refused(f"a shape, to {kind_of(target)}")
         return [value]
     if not isinstance(value, Known | Repeated):
-        raise node.refused(f"of something that is neither a constant nor what flows, to {target}")
+        raise node.refused("of something that is neither a constant nor what flows")
     if target.kind not in "fiub":
-        raise node.refused(f"to {target}")
+        raise node.refused(f"to {kind_of(target)}")
     if isinstance(value, Repeated):
         return [Repeated(value.array.astype(target), value.lengths)]
     if value.array.dtype == target:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Final, TypeAlias
 
+from conveyor_models.importers.common import refused
+
 TERMS_MAX: Final = 8
 FACTORS_MAX: Final = 8
 NUMBER_MAX: Final = 2**64
@@ -102,8 +104,9 @@ def _length(found: Mapping[tuple[str, ...], int]) -> Length:
         or any(len(names) > FACTORS_MAX for names, _ in terms)
         or any(abs(number) > NUMBER_MAX for _, number in terms)
     ):
-        raise OverflowError(
-            f"a length of more than {TERMS_MAX} terms, {FACTORS_MAX} factors or 64 bits"
+        raise refused(
+            "shapes",
+            f"a length of more than {TERMS_MAX} terms, {FACTORS_MAX} factors or 64 bits",
         )
     return Length(terms)
 

@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 import torch
 
+from conveyor_models.importers.common import kind_of
 from conveyor_models.importers.folding import Affine
 from conveyor_models.importers.onnx_maps import joined, selected
 from conveyor_models.importers.onnx_node import Inputs, Node, at
@@ -40,10 +41,10 @@ def cast_flow(node: Node, flow: Flow, inputs: Inputs) -> list[Value]:
     target = np.dtype(node.attributes["to"])
     if target.kind in "iu" and flow.raw and flow.affine is None:
         if target.itemsize < TOKEN_BYTES:
-            raise node.refused(f"tokens, to {target}, which does not hold all of them")
+            raise node.refused(f"tokens, to {kind_of(target)}, which cannot hold all of them")
         return [replace(flow, tokens=True, features=())]
     if target != np.float32:
-        raise node.refused(f"what flows, to {target}")
+        raise node.refused(f"what flows, to {kind_of(target)}; expected 32-bit floats")
     if flow.tokens and np.dtype(str(flow.stage.content)).kind == "f":
         raise node.refused("whole numbers made of floats, back to floats: that rounds")
     return [replace(flow, tokens=False)]

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from conveyor_models.errors import UnsupportedModuleError
-from conveyor_models.importers.common import listed, refused, tensor_of
+from conveyor_models.importers.common import kind_of, listed, refused, tensor_of
 from conveyor_models.importers.onnx_shapes import Length
 from conveyor_models.importers.onnx_values import (
     Array,
@@ -67,7 +67,7 @@ def _row(
         return None  # `outside` has seen to it
     array = value.array
     if array.ndim != 3 or array.dtype.kind != "f":
-        raise refused(name, f"{what}: {array.dtype} {list(array.shape)}, does not fit")
+        raise refused(name, does_not_fit(what, array))
     if batch_first:
         array = array.swapaxes(0, 1)  # [D, B, H]
     if not (array == array[:, :1]).all():
@@ -75,7 +75,12 @@ def _row(
     try:
         return np.array(np.broadcast_to(array[:, 0], shape))
     except ValueError as error:
-        raise refused(name, f"{what}: {list(array.shape)}, does not fit") from error
+        raise refused(name, does_not_fit(what, array)) from error
+
+
+def does_not_fit(what: str, array: Array) -> str:
+    """Why a tensor of a recurrent node is refused."""
+    return f"{what}: {kind_of(array.dtype)} of shape {list(array.shape)[:8]}, which does not fit"
 
 
 def outside(name: str, what: str, value: Value | None, rows_from: str) -> str | None:

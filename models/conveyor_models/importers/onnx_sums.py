@@ -77,7 +77,7 @@ def sum_with(node: Node, left: Value, right: Value) -> list[Value] | None:
                 (row,) = elementwise(node, [one.parts[0], other])
                 assert isinstance(row, Flow)
                 return [Mixed((row, one.parts[1]), one.why)]
-            case Start(), Known() if other.array.size == one.affine.output_size:
+            case Start(), Known() if _is_row(other.array, one.affine.output_size):
                 bias = folding.scale(
                     short(node.name),
                     torch.ones(other.array.size),
@@ -111,7 +111,11 @@ def started(node: Node, inputs: Inputs) -> list[Value] | None:
     node.multiply(weight.size)
     node.spend((weight.shape[0],))
     bias = at(inputs, 2)
-    offset = None if bias is None else known(node.name, "its bias", bias).reshape(-1)
+    offset = None if bias is None else known(node.name, "its bias", bias)
+    if offset is not None:
+        if not _is_row(offset, weight.shape[0]):
+            raise node.refused(f"with a bias of shape {list(offset.shape)[:8]}")
+        offset = offset.reshape(-1)
     affine = folding.linear(
         short(node.name),
         tensor_of(node.name, weight),
@@ -137,6 +141,11 @@ def constant_row(value: Known | Repeated, size: int) -> Array | None:
     if not (flat == flat[0]).all():
         return None
     return np.array(np.broadcast_to(flat[0], (size,)))
+
+
+def _is_row(array: Array, size: int) -> bool:
+    """Whether it is one number for each feature, and not one for each row of the batch."""
+    return array.size == size and array.shape[-1:] == (size,)
 
 
 def gates_apart(node: Node, value: Mixed | Start, inputs: Inputs) -> list[Value]:

@@ -34,7 +34,7 @@ def array_of(onnx: Any, tensor: Any, path: Path | None, files: dict[str, bytes])
     try:
         array: Array = np.asarray(onnx.numpy_helper.to_array(tensor))
     except Exception as error:  # its own, numpy's and struct's
-        raise refused(name, f"its data do not fit its shape and type: {error}") from error
+        raise refused(name, "its data do not fit its shape and type") from error
     if array.shape != tuple(tensor.dims):
         raise refused(name, f"its data do not fit its shape {list(tensor.dims)}")
     return array
@@ -73,4 +73,6 @@ def _item_bytes(onnx: Any, tensor: Any) -> int:
     try:
         return int(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize)
     except (KeyError, TypeError, ValueError) as error:
-        raise refused(tensor.name, f"of type {tensor.data_type}") from error
+        raise refused(
+            tensor.name, f"is of type {tensor.data_type} of ONNX, which is not known"
+        ) from error

@@ -18,8 +18,11 @@ from conveyor_models.errors import UnsupportedModuleError
 from conveyor_models.importers.common import ImportedLayer, refused
 from conveyor_models.importers.folding import Affine
 from conveyor_models.importers.onnx_shapes import ONE, Length, product
+from conveyor_models.tables import SIZE_MAX
 
 Array: TypeAlias = np.ndarray[Any, Any]
+ROW_MAX = 64 * SIZE_MAX
+"""Numbers in a row of what flows: several layers, both ways, side by side."""
 LENGTHS_MAX = 64
 """Of a shape: numpy's arrays have no more axes."""
 
@@ -147,8 +150,15 @@ class Flow:
 
     @property
     def size(self) -> int | None:
-        """Numbers in a row, if the file says it."""
-        return axis_length(self.features).known
+        """Numbers in a row, if the file says it.
+
+        Raises:
+            UnsupportedModuleError: they are more than any layers of a bundle have side by side.
+        """
+        found = axis_length(self.features).known
+        if found is not None and found > ROW_MAX:
+            raise refused(self.stage.node, f"rows of {found} numbers, expected at most {ROW_MAX}")
+        return found
 
     @property
     def raw(self) -> bool:

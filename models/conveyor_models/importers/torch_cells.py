@@ -15,13 +15,8 @@ from typing import Final
 
 from torch import Tensor
 
-from conveyor_models.importers.common import (
-    ImportedLayer,
-    gru_tensors,
-    lstm_tensors,
-    refused,
-    two_ways,
-)
+from conveyor_models.importers.common import ImportedLayer, refused, two_ways
+from conveyor_models.importers.gates import gru_tensors, lstm_tensors
 
 MODULES_MAX: Final = 64
 _PART: Final = re.compile(

@@ -38,12 +38,15 @@ from conveyor_models.importers.foreign import (
     zip_advice,
 )
 from conveyor_models.importers.options import ImportOptions
+from conveyor_models.importers.pickles import check_pickle
 from conveyor_models.importers.torch_state import model_from_state
 from conveyor_models.spec import WEIGHT_VALUES_MAX
 
 HEADER_BYTES_MAX: Final = 4 * 1024 * 1024
 PICKLE_BYTES_MAX: Final = 16 * 1024 * 1024
 TENSORS_MAX: Final = 8_192
+DIMENSIONS_MAX: Final = 64
+"""Of a tensor; torch takes no more."""
 
 
 def import_safetensors(path: Path, options: ImportOptions) -> ImportedModel:
@@ -59,7 +62,10 @@ def import_safetensors(path: Path, options: ImportOptions) -> ImportedModel:
     try:
         state = safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise ImportFileError(f"not valid safetensors: {error}", path=path) from error
+        raise ImportFileError(
+            "is not valid safetensors: tensors and header do not fit; is the download complete?",
+            path=path,
+        ) from error
     # safetensors.torch.save_model leaves out the second name of a tied weight, and says so there.
     tied = {
         name: kept
@@ -102,10 +108,17 @@ def _shapes(path: Path, header: dict[str, Any]) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
     for name, entry in header.items():
         shape = cast("dict[str, Any]", entry).get("shape") if isinstance(entry, dict) else None
-        if not isinstance(shape, list) or not all(
-            isinstance(each, int) and each >= 0 for each in cast("list[object]", shape)
+        if not isinstance(shape, list) or len(cast("list[object]", shape)) > DIMENSIONS_MAX:
+            raise ImportFileError(f"tensor {name[:80]}: no shape", path=path, key=name)
+        if not all(
+            isinstance(each, int) and 0 <= each <= WEIGHT_VALUES_MAX
+            for each in cast("list[object]", shape)
         ):
-            raise ImportFileError(f"tensor {name}: no shape", path=path, key=name)
+            raise ImportFileError(
+                f"tensor {name[:80]}: a shape with a length beyond 0 to {WEIGHT_VALUES_MAX}",
+                path=path,
+                key=name,
+            )
         shapes[name] = cast("list[int]", shape)
     return shapes
 
@@ -124,6 +137,7 @@ def import_pickle(path: Path, options: ImportOptions) -> ImportedModel:
         if advice is not None:
             raise ImportFileError(advice, path=path)
         pickled = _check_entries(path, archive)
+        check_pickle(path, pickled, unpacked(path, archive, pickled, PICKLE_BYTES_MAX))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about its own storages
@@ -135,7 +149,10 @@ def import_pickle(path: Path, options: ImportOptions) -> ImportedModel:
             if "nsupported" in str(error) or "eights" in said:
                 said = pickle_advice(path, unpacked(path, archive, pickled, PICKLE_BYTES_MAX))
             else:
-                said = f"cannot be read as a state dict: {said}"
+                said = (
+                    "cannot be read as a state dict: it is damaged, or of a torch.save that this"
+                    " version of torch does not read; is the download complete?"
+                )
             raise ImportFileError(said, path=path) from error
     state, notes = _state(path, found)
     model = model_from_state(state, options)
@@ -153,13 +170,21 @@ def _check_entries(path: Path, archive: zipfile.ZipFile) -> str:
                 " and pack it without compression",
                 path=path,
             )
-        if entry.filename.endswith(".pkl") and entry.file_size > PICKLE_BYTES_MAX:
+        if not entry.filename.lower().endswith(".pkl"):
+            continue
+        if entry.file_size > PICKLE_BYTES_MAX:
             raise ImportFileError(
                 f"{entry.filename}: {entry.file_size} bytes, expected at most {PICKLE_BYTES_MAX}",
                 path=path,
             )
-        if entry.filename.endswith("/data.pkl"):
-            pickled = entry.filename
+        if pickled or not entry.filename.endswith("/data.pkl"):
+            # torch finds names in any case, so it might read another one than was looked at.
+            raise ImportFileError(
+                f"has {pickled or 'no data.pkl'} and {entry.filename}, and torch.save writes one"
+                " data.pkl",
+                path=path,
+            )
+        pickled = entry.filename
     return pickled
 
 

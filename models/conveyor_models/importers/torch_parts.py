@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from conveyor_models.errors import AmbiguousModuleError
-from conveyor_models.importers.common import exact_float32, listed, refused
+from conveyor_models.importers.common import exact_float32, kind_of, listed, refused
 from conveyor_models.importers.options import ImportOptions
 from conveyor_models.importers.torch_cells import Recurrent, recurrent_modules
 
@@ -208,7 +208,8 @@ def _counts_batches(name: str, state: Mapping[str, Tensor]) -> bool:
 def _exact(name: str, tensor: Tensor) -> Tensor:
     if tensor.is_quantized or tensor.dtype in _INTEGERS:
         raise refused(
-            name, f"is of type {tensor.dtype}: quantised; save the state dict before quantising"
+            name,
+            f"holds {kind_of(tensor.dtype)}: quantised; save the state dict before quantising",
         )
     return exact_float32(name, tensor)
 

@@ -309,8 +309,7 @@ class Admission:
         if not model.generative:
             raise ModelNotGenerative(
                 f"model {model.key.name!r} cannot generate: its output has no use as its next"
-                " input;"
-                " step it instead"
+                " input; step it instead"
             )
         if steps_max < 1:
             raise InvalidField("steps_max", f"is {steps_max}; expected at least 1")

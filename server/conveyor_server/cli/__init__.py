@@ -244,8 +244,8 @@ def _run_server(config: Path | None, flags: dict[str, str]) -> None:
 
     try:
         loaded = load_config(config, flags)
-        configure_logging(loaded.log.level)
-        asyncio.run(App(loaded).run())
+        standard_error = configure_logging(loaded.log.level)
+        asyncio.run(App(loaded, standard_error).run())
     except (ConfigError, StartError, DeviceError, AddressError) as error:
         fail(str(error))
     except ServerBroken as error:

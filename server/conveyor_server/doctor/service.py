@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from conveyor.install import install_command
+from conveyor.os_errors import os_error_text
 from conveyor_models import BundleError
 from conveyor_server.config import Config
 from conveyor_server.core import ModelInfo
@@ -19,7 +20,6 @@ from conveyor_server.engine.about import about_device
 from conveyor_server.engine.devices import DeviceError, find_device
 from conveyor_server.engine.engine import TorchEngine
 from conveyor_server.engine.loader import load_repository
-from conveyor_server.errors import os_error_text
 from conveyor_server.rpc.tls import TlsFilesError, read_authorities, read_pair
 
 NVIDIA_DEVICE: Final = Path("/dev/nvidiactl")
@@ -131,9 +131,8 @@ def check_ports(config: Config) -> Iterator[Finding]:
             yield warn(
                 "ports",
                 f"{setting} {address} is in use",
-                "fine if that is this server, running; else stop what listens there (`ss"
-                " -ltnp`), or"
-                f" set {setting} to another port",
+                "fine if that is this server, running; else stop what listens there (`ss -ltnp`),"
+                f" or set {setting} to another port",
             )
         else:
             yield fail(

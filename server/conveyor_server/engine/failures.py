@@ -18,8 +18,8 @@ import torch
 
 from conveyor_server.errors import DeviceOutOfMemory, EngineFailed
 
-_HOST_ALLOCATOR: Final = "DefaultCPUAllocator"
-"""Says in a RuntimeError that host memory is gone; the library has no class for that."""
+_HOST_MEMORY_TEXTS: Final = ("DefaultCPUAllocator", "bad_alloc")
+"""Say in a RuntimeError that host memory is gone; the library has no class for that."""
 
 
 class Failure(enum.Enum):
@@ -98,6 +98,12 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0].strip()
 
 
+def _says_host_memory(error: BaseException | None) -> bool:
+    return isinstance(error, RuntimeError) and any(
+        text in str(error) for text in _HOST_MEMORY_TEXTS
+    )
+
+
 class computing:
     """What happens inside happens on a device, and nothing of it is recorded for gradients.
 
@@ -124,7 +130,7 @@ class computing:
         traceback: TracebackType | None,
     ) -> None:
         self._mode.__exit__(kind, error, traceback)
-        if isinstance(error, MemoryError) or _HOST_ALLOCATOR in str(error):
+        if isinstance(error, MemoryError) or _says_host_memory(error):
             raise DeviceOutOfMemory("the server") from error
         if not isinstance(error, RuntimeError):
             return

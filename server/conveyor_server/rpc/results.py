@@ -20,7 +20,8 @@ STREAM_FREE_BYTES: Final = 64 * 2**10
 """What each stream may owe without regard to what others owe."""
 CALL_FREE_BYTES: Final = 4 * 2**10
 """The same for a unary call."""
-TRIM_BYTES: Final = 64 * 2**20
+TRIM_DELAY_SECONDS: Final = 1.0
+TRIM_BYTES: Final = 16 * 2**20
 """Once so many bytes were counted and half of them are gone, free memory is given back."""
 
 _account: ContextVar["Account | None"] = ContextVar("account", default=None)
@@ -39,7 +40,7 @@ class ResultsBudget:
         self._principal_max = limits.principal_results_bytes_max
         self._of: Counter[str] = Counter()
         self._waiting: dict[str, OrderedDict[Account, int]] = {}
-        self._trim = _trim_on_a_thread if trim is None else trim
+        self._trim = _trim_soon if trim is None else trim
         self._peak_bytes = 0
         self.size_bytes = 0
 
@@ -211,6 +212,11 @@ class Account:
         self.add(written_bytes - self.size_bytes)
         self._closed = True
         self._budget.wait_no_more(self)
+        self.wake = _nobody_waits  # it keeps the stream, which keeps the account
+
+
+def _nobody_waits() -> None:
+    """The `wake` of an account that is closed."""
 
 
 def _keep_until_done(account: Account) -> None:
@@ -223,12 +229,17 @@ def _keep_until_done(account: Account) -> None:
     task.add_done_callback(lambda _: account.close())
 
 
-def _trim_on_a_thread() -> None:
-    """Gives free memory back, which takes some milliseconds and no interpreter."""
+def _trim_soon() -> None:
+    """Gives free memory back, which takes some milliseconds and no interpreter.
+
+    A little later: what is not owed any more is not yet free.
+    """
     if _MALLOC_TRIM is None:
         return
+    timer = threading.Timer(TRIM_DELAY_SECONDS, _MALLOC_TRIM, (0,))
+    timer.daemon = True
     try:
-        threading.Thread(target=_MALLOC_TRIM, args=(0,), name="trim", daemon=True).start()
+        timer.start()
     except RuntimeError:  # no memory for a thread, so it is needed all the more
         _MALLOC_TRIM(0)
 

@@ -10,10 +10,10 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from conveyor.oip import inference_pb2, inference_pb2_grpc
+from conveyor.os_errors import os_error_text
 from conveyor.v1 import model_pb2, model_pb2_grpc, session_pb2, session_pb2_grpc
 from conveyor_server.config import LimitsConfig, ListenConfig
 from conveyor_server.core import ModelInfo
-from conveyor_server.errors import os_error_text
 from conveyor_server.rpc.access import Authenticator
 from conveyor_server.rpc.bounds import CallBounds
 from conveyor_server.rpc.calls import CallInterceptor

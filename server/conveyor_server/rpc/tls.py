@@ -6,8 +6,9 @@ from typing import Final
 
 import grpc
 
+from conveyor.os_errors import os_error_text
+from conveyor.tls_files import pair_problem
 from conveyor_server.config import ListenConfig
-from conveyor_server.errors import os_error_text
 
 CERTIFICATE: Final = "listen.tls_certificate_file"
 KEY: Final = "listen.tls_key_file"
@@ -29,18 +30,15 @@ def read_pair(certificate: Path, key: Path) -> tuple[bytes, bytes]:
         raise TlsFilesError(f"{CERTIFICATE}: {certificate} holds no certificate in PEM")
     if b"PRIVATE KEY-----" not in private:
         raise TlsFilesError(f"{KEY}: {key} holds no private key in PEM")
-    try:
-        # Where it is encrypted, the passphrase would be asked for on the terminal.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=_refuse)
-    except _EncryptedError as error:
-        raise TlsFilesError(f"{KEY}: {key} is encrypted; decrypt it for the server") from error
-    except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
-            message = f"{KEY}: {key} is not the key of the certificate in {certificate}"
-        else:
-            message = f"{CERTIFICATE} and {KEY}: {certificate} or {key} is damaged"
-        raise TlsFilesError(message) from error
-    return chain, private
+    match pair_problem(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), certificate, key):
+        case "encrypted":
+            raise TlsFilesError(f"{KEY}: {key} is encrypted; decrypt it for the server")
+        case "apart":
+            raise TlsFilesError(f"{KEY}: {key} is not the key of the certificate in {certificate}")
+        case "damaged":
+            raise TlsFilesError(f"{CERTIFICATE} and {KEY}: {certificate} or {key} is damaged")
+        case None:
+            return chain, private
 
 
 def read_authorities(file: Path) -> bytes:
@@ -72,14 +70,6 @@ def credentials(listen: ListenConfig) -> grpc.ServerCredentials | None:
     return grpc.ssl_server_credentials(
         [(private, chain)], authorities, require_client_auth=authorities is not None
     )
-
-
-class _EncryptedError(Exception):
-    """The key needs a passphrase."""
-
-
-def _refuse() -> str:
-    raise _EncryptedError
 
 
 def _read(setting: str, file: Path) -> bytes:

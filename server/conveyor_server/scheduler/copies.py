@@ -38,9 +38,8 @@ class Copies:
         _check_copyable(session)
         if at_step and at_step != session.applied:
             raise CheckpointNotRetained(
-                f"session {session.session_id!r} is at step {session.applied:,}; this server"
-                " keeps no"
-                f" state of step {at_step:,} to fork from",
+                f"session {session.session_id!r} is at step {session.applied:,}; this server keeps"
+                f" no state of step {at_step:,} to fork from",
                 applied_step=session.applied,
             )
         principal = session.principal
@@ -104,8 +103,7 @@ class Copies:
                 return model
         raise SnapshotIncompatible(
             f"the snapshot is of model {header.model!r} with digest {header.model_digest}; this"
-            " server"
-            " serves no version with that digest"
+            " server serves no version with that digest"
         )
 
     def _import_memory(self, checkpoint: Checkpoint, model: ModelInfo) -> SharedMemory | None:

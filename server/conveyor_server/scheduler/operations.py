@@ -125,8 +125,7 @@ class Operations:
         if self._scheduler.models.resolve(key.name, key.version) is not sequence.model:
             raise ModelNotFound(
                 f"model {key.name!r} version {key.version} was taken out of service during the"
-                " call;"
-                " send it again",
+                " call; send it again",
                 model=key.name,
             )
         self._scheduler.predictions.add(sequence)
@@ -374,8 +373,7 @@ class Operations:
         ):
             raise SessionMismatch(
                 f"session {session.session_id!r} attends over another memory, or over none; leave"
-                " the"
-                " memory out to resume it"
+                " the memory out to resume it"
             )
         self._revoke(session)
         self._scheduler.advance(session)

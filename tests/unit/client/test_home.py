@@ -11,7 +11,7 @@ import textwrap
 
 import pytest
 
-from conveyor_client import NotOpen, aio
+from conveyor_client import NotOpen, _calls, aio
 from tests.unit.client.conftest import QUICK
 from tests.unit.client.fake.server import FakeServer
 
@@ -67,6 +67,25 @@ async def test_a_client_that_was_never_used_can_be_closed() -> None:
     await client.aclose()
     with pytest.raises(NotOpen, match="closed"):
         await client.healthy()
+
+
+async def test_closing_one_client_does_not_wait_for_another(
+    threaded_server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[aio.Client] = []
+    calls_ended = _calls.calls_ended
+
+    async def noted() -> None:
+        waited.append(closing)
+        await calls_ended()
+
+    monkeypatch.setattr(_calls, "calls_ended", noted)
+    first, second = (aio.Client(threaded_server.target, options=QUICK) for _ in range(2))
+    await first.session("counter").open()  # its stream is under way for as long as it is open
+    assert await second.healthy()
+    for closing in (second, first):
+        await closing.aclose()
+    assert waited == [first]
 
 
 # --- forks ---------------------------------------------------------------------------------------

@@ -89,6 +89,23 @@ async def test_a_target_that_is_no_address() -> None:
     assert await _message("two words:1", _listed) == expected
 
 
+@pytest.mark.parametrize(
+    "target",
+    ["127.0.0.1:99999", "[::1]:65536", "dns:///localhost:70000", "ipv4:1.2.3.4:1,5.6.7.8:99999"],
+)
+def test_a_port_that_there_is_not_is_refused_at_once(target: str) -> None:
+    """gRPC would take 99999 for 34463, where somebody else may listen."""
+    for client in (aio.Client, conveyor_client.Client):
+        with pytest.raises(InvalidField, match="expected a port of 0 to 65535") as caught:
+            client(target)
+        assert repr(target) in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["127.0.0.1:65535", "unix:/tmp/a:99999", "localhost"])
+async def test_other_targets_are_left_to_grpc(target: str) -> None:
+    await aio.Client(target).aclose()
+
+
 async def test_something_else_answers(http_address: str) -> None:
     expected = f"cannot reach {http_address}: what answers there does not speak gRPC, or one side"
     assert (await _message(http_address, _listed)).startswith(expected)

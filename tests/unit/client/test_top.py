@@ -125,6 +125,15 @@ def test_an_endpoint_that_does_not_answer_is_told(endpoint: str) -> None:
     assert "cannot reach 127.0.0.1:1: connection refused" in result.output
 
 
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:none", "127.0.0.1:99999", f"http://{'a' * 70}:9464", "http://"]
+)
+def test_what_is_no_address_of_metrics_is_told(url: str) -> None:
+    result = CliRunner().invoke(app, ["top", "--once", "--metrics", url])
+    assert result.exit_code == 1
+    assert f"{url} is not an address of metrics; expected http://HOST:PORT" in result.output
+
+
 def test_top_trusts_the_ca_of_an_endpoint_behind_tls(tmp_path: Path) -> None:
     authority, ca = trustme.CA(), tmp_path / "ca.pem"
     authority.cert_pem.write_to_path(ca)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from conveyor_models import UnsupportedModuleError
-from conveyor_models.importers import folding
+from conveyor_models.importers import ImportOptions, folding
 from conveyor_models.importers.common import ImportedLayer
 from conveyor_models.importers.torch_state import model_from_state
 
@@ -92,3 +92,30 @@ def test_two_small_maps_whose_product_is_huge_are_refused() -> None:
     wide = folding.linear("wide", torch.zeros(2**16, 1), None)
     with pytest.raises(UnsupportedModuleError, match="wide: folds to 4294967296 values"):
         folding.chained([narrow, wide])
+
+
+@pytest.mark.parametrize("gamma", [None, torch.full((3,), 1e-6)])
+def test_a_mean_far_from_zero_is_refused_whatever_gamma_makes_of_it(
+    gamma: torch.Tensor | None,
+) -> None:
+    mean, ones = torch.tensor([0.0, 5e4, 0.0]), torch.ones(3)
+    with pytest.raises(
+        UnsupportedModuleError, match=r"norm: adds -50000 to feature 1.*lose digits"
+    ):
+        folding.batch_norm("norm", mean, ones, 0.0, gamma, None)
+
+
+def test_an_offset_may_be_large_in_a_head_and_not_before_a_layer() -> None:
+    affine = folding.scale("rescaling", torch.ones(3), torch.full((3,), 2e4))
+    _, bias = affine.as_linear()
+    assert torch.equal(bias, torch.full((3,), 2e4))
+    with pytest.raises(UnsupportedModuleError, match="rescaling: adds 20000 to feature 0"):
+        folding.into_layer(affine, layer(3))
+
+
+def test_a_batch_normalisation_of_a_state_dict_is_held_to_the_same_limit() -> None:
+    module = nn.ModuleDict({"norm": nn.BatchNorm1d(3), "lstm": nn.LSTM(3, 4)})
+    state = module.state_dict() | {"norm.running_mean": torch.tensor([0.0, 1e6, 0.0])}
+    options = ImportOptions(order=("norm", "lstm"), between="none", epsilon={"": 1e-5})
+    with pytest.raises(UnsupportedModuleError, match=r"norm: adds -999995 to feature 1"):
+        model_from_state(state, options)

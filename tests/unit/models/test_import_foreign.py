@@ -218,7 +218,7 @@ FOREIGN: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a plain pickle": ("m.pkl", written(pickle.dumps({"a": 1})), "is a plain pickle"),
     "an old pickle": ("m.pt", written(pickle.dumps({"a": 1}, 0)), "is a plain pickle"),
     "a compressed zip": ("m.pt", repacked, "is compressed, and torch.save compresses nothing"),
-    "a zip over several disks": ("m.pt", several_disks, "not a sound zip"),
+    "a zip over several disks": ("m.pt", several_disks, "is not a sound zip"),
     "some other zip": ("m.pt", zipped("readme.txt"), "torch.save has not written .*readme.txt"),
     "keras": ("m.pt", zipped("config.json", "model.weights.h5"), "file of Keras: name it .keras"),
     "numpy": ("m.npz", numpy_archive, "archive of numpy; .*numpy.load('m.npz')"),

@@ -469,7 +469,7 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     ),
     "weights in double precision": (
         lambda: one(given={"W": np.full((1, 12, 4), 0.1)}),
-        "cell: W: is float64",
+        "cell: W: holds 64-bit floats",
     ),
     "weights that do not fit": (
         lambda: one(given={"W": np.ones((1, 11, 4), np.float32)}),
@@ -502,7 +502,7 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
             {name: weights("LSTM", 3, 4)[name] for name in "WR"}
             | {"table": np.ones((300, 4), np.float32)},
         ),
-        "narrow: Cast: tokens, to uint8",
+        "narrow: Cast: tokens, to 8-bit unsigned integers",
     ),
     "no recurrent node": (
         lambda: graph_model(
@@ -628,7 +628,7 @@ def test_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(BundleError):
             import_model(file)
     file.write_bytes(b"\xff" * 1000)
-    with pytest.raises(ImportFileError, match="not an ONNX file"):
+    with pytest.raises(ImportFileError, match="is not an ONNX file"):
         import_model(file)
 
 

@@ -455,6 +455,20 @@ REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
         ),
         "n: BatchNormalization: in training mode",
     ),
+    "a bias for each row of the batch": (
+        lambda: graph(
+            after=[
+                node("Squeeze", ["h", "zero"], ["f"]),
+                node("Gemm", ["f", "K", "per_row"], ["out"], "fc"),
+            ],
+            outputs=["out"],
+            inputs=[("x", TensorProto.FLOAT, ["t", 5, 4])],
+            K=normal(3, 5),
+            per_row=normal(5, 1),
+            zero=np.array([0]),
+        ),
+        r"fc: Gemm: with a bias of shape \[5, 1\]",
+    ),
     "directions multiplied": (
         lambda: graph(
             after=[

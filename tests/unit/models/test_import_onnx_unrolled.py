@@ -11,13 +11,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from conveyor_models import UnsupportedModuleError
 from conveyor_models.importers import import_model
 from tests.unit.models.importing import FLOAT32_ERROR_MAX, error, fill
-from tests.unit.models.onnx_files import judged, normal, said, served
+from tests.unit.models.onnx_files import graph_model, judged, normal, said, served
 
+node = helper.make_node
 CELLS = [nn.LSTMCell, nn.GRUCell, nn.RNNCell]
 SIZE, STEPS = 5, 4
 
@@ -295,3 +297,24 @@ def test_a_first_state_that_was_folded_away_has_to_be_zeros(tmp_path: Path) -> N
         (expected,) = judged(model, {"x": x.swapaxes(0, 1)}).values()
         rows = served(import_model(folded_file), x)
         assert error(rows.swapaxes(0, 1), expected) < FLOAT32_ERROR_MAX
+
+
+@pytest.mark.parametrize("place", ["of the state's map", "added to it"])
+def test_a_bias_for_each_row_of_the_batch_is_no_bias_of_a_cell(place: str, tmp_path: Path) -> None:
+    """Where the batch is as large as the layer, its numbers are as many as a bias has."""
+    inputs = ["h0", "R", "per_row"] if place == "of the state's map" else ["h0", "R"]
+    nodes = [
+        node("Squeeze", ["x", "zero"], ["row"]),
+        node("MatMul", ["row", "W"], ["of_row"], "W"),
+        node("Gemm", inputs, ["of_h"], "R"),
+        node("Add", ["of_h", "per_row"], ["biased"], "bias"),
+        node("Add", ["of_row", "of_h" if len(inputs) == 3 else "biased"], ["sum"], "sum"),
+        node("Tanh", ["sum"], ["out"], "tanh"),
+    ]
+    constants = {"W": normal(4, 3), "R": normal(3, 3, seed=1), "per_row": normal(3, 1, seed=2)}
+    constants |= {"h0": np.zeros((3, 3), np.float32), "zero": np.array([0])}
+    model = graph_model(nodes, [("x", TensorProto.FLOAT, [1, 3, 4])], ["out"], constants)
+    assert judged(model, {"x": normal(1, 3, 4)})
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(UnsupportedModuleError, match=r"with a bias of|Add: of a constant"):
+        import_model(tmp_path / "model.onnx")

@@ -47,6 +47,18 @@ def test_flags_win_over_environment_wins_over_file(
     assert config.engine.quantum_steps == EngineConfig().quantum_steps
 
 
+def test_true_and_false_are_no_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "conveyor.toml"
+    for section, kind in sections():
+        for key, field in kind.model_fields.items():
+            if field.annotation not in (int, float):
+                continue
+            for word in ("true", "false"):
+                path.write_text(f"[{section}]\n{key} = {word}\n")
+                with pytest.raises(ConfigError, match=f"{section}.{key}: found {word}; expected a"):
+                    load_config(path)
+
+
 def test_all_of_them_can_be_set_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVEYOR_LISTEN__ADDRESS", "[::1]:7")
     monkeypatch.setenv("CONVEYOR_LISTEN__REFLECTION", "true")

@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import pytest
 
+from conveyor.os_errors import os_error_text
 from conveyor_models import SpecError, parse_spec
 from conveyor_models.problems import expected
 from conveyor_server.config import ConfigError, load_config
-from conveyor_server.errors import os_error_text
 from conveyor_server.rpc.tls import TlsFilesError, read_pair
 from tests.support.certificates import CERTIFICATE, KEY, OTHER_KEY
 

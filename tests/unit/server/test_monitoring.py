@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -151,7 +153,7 @@ async def test_who_sends_nothing_is_cut(service: Service, monkeypatch: pytest.Mo
 
 
 async def test_who_reads_nothing_is_cut(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitoring, "ANSWER_SECONDS_MAX", 0.5)
+    monkeypatch.setattr(monitoring, "ANSWER_SECONDS_MAX", 2.0)
     Gauge("large", "x" * 20_000_000, registry=service.registry).set(1)
     reader, writer = await service.connect()
     writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
@@ -163,6 +165,33 @@ async def test_who_reads_nothing_is_cut(service: Service, monkeypatch: pytest.Mo
             received += len(data)
     assert received < 20_000_000
     writer.close()
+
+
+async def test_who_resets_a_connection_leaves_nothing_to_the_garbage_collector(
+    service: Service,
+) -> None:
+    host, _, port = service.address.rpartition(":")
+
+    def reset() -> None:
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+            assert client.recv(1) == b"H"
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    gc.collect()
+    gc.disable()
+    try:
+        await asyncio.to_thread(reset)
+        await until(lambda: service.server.connections == 0)
+        await asyncio.sleep(0)  # the transport's own farewell
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        left = [each for each in gc.garbage if isinstance(each, asyncio.StreamReader)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not left
 
 
 async def test_one_connection_too_many_is_closed_and_the_others_stay(service: Service) -> None:

@@ -98,8 +98,7 @@ class InferenceServicer(UnsupportedCalls):
         if request.repository_name:
             raise NotSupported(
                 f"there is no repository {shown(request.repository_name)!r}: this server has one,"
-                " without"
-                " a name; leave repository_name empty"
+                " without a name; leave repository_name empty"
             )
         return describe.repository_index(await self._served())
 
