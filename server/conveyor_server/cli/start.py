@@ -6,9 +6,9 @@ from collections.abc import Callable
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
+from conveyor.os_errors import os_error_text
 from conveyor_server.app import StartError, tracing_class
 from conveyor_server.engine.devices import DeviceError, find_device
-from conveyor_server.errors import os_error_text
 from conveyor_server.rpc.tls import TlsFilesError, credentials
 
 if TYPE_CHECKING:
