@@ -4,7 +4,7 @@ The public face is `Session`; the stream below is a `Lane`. An attachment is a l
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 
 from conveyor.v1 import session_pb2
@@ -157,8 +157,11 @@ class Attachment:
         *,
         trace: TraceValue = session_pb2.TRACE_MODE_UNSPECIFIED,
         timeout_seconds: float | None = None,
+        follows: Chunk | None = None,
     ) -> Chunk:
         """Queues a chunk, and sends it if there is room in the window.
+
+        A part of a longer input names the part that it `follows`, and only runs if that one does.
 
         Returns:
             The chunk; its future is the answer.
@@ -168,23 +171,30 @@ class Attachment:
         """
         self._hub.home.enter()
         future: asyncio.Future[Chunk] = self._loop.create_future()
-        chunk = Chunk(rows, length, output, trace, future, timeout_seconds)
+        chunk = Chunk(rows, length, output, trace, future, timeout_seconds, follows=follows)
         self.require().ledger.pending.append(chunk)
         self._pump()
         return chunk
 
-    async def wait_for(self, chunk: Chunk, seconds: float) -> None:
-        """Waits until a chunk is answered.
+    async def wait_for(self, chunk: Chunk, seconds: float, begun_seconds: float) -> None:
+        """Waits until a chunk is answered, at most `seconds` from the loop's time `begun_seconds`.
 
         Raises:
             DeadlineExceeded: It was not in time.
             ConveyorError: Why it failed.
         """
-        timer = self._loop.call_later(seconds, _expire, chunk, seconds)
+        timer = self._loop.call_at(begun_seconds + seconds, _expire, chunk, seconds)
         try:
             await chunk.future
         finally:
             timer.cancel()
+
+    def give_up(self, chunks: Iterable[Chunk]) -> None:
+        """Stops waiting for chunks; what has a number may run all the same."""
+        ledger = self._ledger
+        assert ledger is not None, "only an open session has chunks"
+        for chunk in chunks:
+            ledger.give_up(chunk)
 
     def _pump(self) -> None:
         lane, ledger, handle = self._lane, self._ledger, self._handle

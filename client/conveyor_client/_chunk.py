@@ -21,6 +21,8 @@ class Chunk:
         expected: The step the next piece from this connection begins with.
         sent: Whether it was sent on this connection.
         doomed: A chunk before it failed, so the server will refuse this one.
+        follows: While it is pending: the part before it of the same input. It may only run if that
+            one does.
     """
 
     rows: bytes
@@ -34,6 +36,7 @@ class Chunk:
     expected: int = 0
     sent: bool = False
     doomed: bool = False
+    follows: "Chunk | None" = None
     pieces: list[bytes] = field(default_factory=list[bytes])
     traces: list[TracePiece] = field(default_factory=list[TracePiece])
 
@@ -47,10 +50,19 @@ class Chunk:
         """Steps this connection has not answered."""
         return self.last_step - self.expected + 1
 
+    @property
+    def failed(self) -> bool:
+        """Whether it was refused, ran out of time or was cancelled, as far as its caller sees."""
+        future = self.future
+        return future.cancelled() or (future.done() and future.exception() is not None)
+
     def without_answer(self) -> "Chunk":
-        """What it takes to send it again; outputs and traces are bounded by no window."""
+        """What it takes to send it again; outputs and traces are bounded by no window.
+
+        It was answered in time, so it is sent again without a time limit.
+        """
         future = self.future.get_loop().create_future()  # that of the answer holds the answer
-        return replace(self, future=future, pieces=[], traces=[])
+        return replace(self, future=future, timeout_seconds=None, pieces=[], traces=[])
 
     def deliver(self) -> None:
         """Hands the answered chunk to whoever still waits for it."""

@@ -58,6 +58,7 @@ class Ledger:
         self._held_bytes = 0
         self._continue_at: int | None = None  # after a failure: the number to go on with
         self._failure: ConveyorError | None = None
+        self._given_up = False  # perhaps something in flight: looked up when it matters
 
     @property
     def idle(self) -> bool:
@@ -101,18 +102,19 @@ class Ledger:
         return chunk
 
     def _take_pending(self) -> Chunk | None:
-        if self.paused or self._continue_at is not None:
-            return (
-                None  # after a failure numbers are unknown until every chunk in flight is answered
-            )
+        if self.paused or self._number_unknown():
+            return None
         while self.pending:
             chunk = self.pending[0]
+            if chunk.follows is not None and chunk.follows.failed:
+                chunk.future.cancel()
             if chunk.future.done():  # given up while it waited: it never had a number
                 self.pending.popleft()
                 continue
             if not (self._has_wire_room(chunk.length) and self._has_buffer_room(chunk)):
                 return None
             self.pending.popleft()
+            chunk.follows = None
             chunk.first_step = chunk.expected = self.next_step
             self.next_step += chunk.length
             self._in_flight.append(chunk)
@@ -120,6 +122,25 @@ class Ledger:
             self._held_bytes += len(chunk.rows)
             return chunk
         return None
+
+    def _number_unknown(self) -> bool:
+        """Whether the number of the next chunk hangs on what is in flight.
+
+        It does after a failure, as the chunks behind it are still to be refused, and while a chunk
+        that was given up is not answered: the server may have run it or refused it.
+        """
+        if self._given_up:
+            self._given_up = any(chunk.future.done() for chunk in self._in_flight)
+        return self._given_up or self._continue_at is not None
+
+    def give_up(self, chunk: Chunk) -> None:
+        """Stops waiting for a chunk; of no effect on one that is answered.
+
+        Without a number, it will not run. With one it may; whatever is submitted from now on is not
+        sent before the server has told.
+        """
+        if chunk.future.cancel() or chunk.failed:
+            self._given_up = True
 
     # Alone, a chunk beyond a whole window passes: the server shall say what is wrong with it.
 

@@ -22,11 +22,6 @@ class Sent:
     single: bool
     codec: RowCodec
 
-    def give_up(self) -> None:
-        """Stops waiting; what has a number runs all the same."""
-        for chunk in self.chunks:
-            chunk.future.cancel()
-
     @property
     def output(self) -> FloatArray:
         """The output rows, once it is answered."""
@@ -81,22 +76,36 @@ class Sender:
             output = OUTPUT_MODES["none" if mode == "last" and end < length else mode]
             part = rows[start * row_bytes : end * row_bytes]
             chunks.append(
-                submit(part, end - start, output, trace=trace, timeout_seconds=timeout_seconds)
+                submit(
+                    part,
+                    end - start,
+                    output,
+                    trace=trace,
+                    timeout_seconds=timeout_seconds,
+                    follows=chunks[-1] if chunks else None,
+                )
             )
         return Sent(chunks, mode == "last", opened.codec)
 
     async def wait_for(self, sent: Sent, timeout_seconds: float | None) -> Sent:
         """Waits until all of it is answered.
 
+        The time of a call is for all of it. Without one, each part has the client's time: a chunk
+        may be of any length.
+
         Raises:
             ConveyorError: Why it was not.
         """
         seconds = self._seconds if timeout_seconds is None else timeout_seconds
+        loop = asyncio.get_running_loop()
+        begun_seconds = loop.time()
         try:
             for chunk in sent.chunks:
-                await self._attachment.wait_for(chunk, seconds)
+                if timeout_seconds is None:
+                    begun_seconds = loop.time()
+                await self._attachment.wait_for(chunk, seconds, begun_seconds)
         finally:
-            sent.give_up()  # of no effect on what is answered
+            self._attachment.give_up(sent.chunks)  # of no effect on what is answered
         return sent
 
     async def in_order(
@@ -137,7 +146,7 @@ class Sender:
             await asyncio.gather(feeder, return_exceptions=True)
             while not queue.empty():
                 if (left := queue.get_nowait()) is not None:
-                    left.give_up()
+                    self._attachment.give_up(left.chunks)
 
 
 async def _each(items: Inputs) -> AsyncGenerator[Rows]:

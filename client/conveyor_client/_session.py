@@ -214,13 +214,15 @@ class Session:
         """Runs one step or one chunk.
 
         A chunk longer than the server takes in one piece is sent in several. Cancelling, or running
-        out of time, does not undo the step: it may still run, and the next one is numbered
-        accordingly.
+        out of time, does not undo the step: it, or a beginning of a chunk, may have run or still
+        run. The next step waits for the server to tell, and runs behind what it applied; once that
+        is answered, `applied_step` says how far the session came.
 
         Args:
             inputs: One step or a chunk, see the class.
             output: Which rows come back; overrides the session's choice.
-            timeout_seconds: If given, the server also drops the chunk if it has not begun by then.
+            timeout_seconds: For all of it; the server also drops what it has not begun by then.
+                By default, each part of a long chunk has the client's time.
 
         Returns:
             The output rows, see the class.

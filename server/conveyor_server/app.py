@@ -89,7 +89,8 @@ class App:
             StartError: Calls are to be traced and the extra for it is not installed.
         """
         self._config = config = _with_connections_that_fit(config)
-        self._tracing = _tracing(config.tracing)
+        traced = tracing_class(config.tracing)
+        self._tracing = traced and traced(config.tracing)
         self._clock = SystemClock()
         self._metrics = Metrics()
         self._standard_error = standard_error
@@ -364,8 +365,12 @@ class App:
         return [(("device",), device + memories.device_bytes), (("host",), host)]
 
 
-def _tracing(config: TracingConfig) -> "Tracing | None":
-    """Nothing of OpenTelemetry is imported unless calls are to be traced."""
+def tracing_class(config: TracingConfig) -> "type[Tracing] | None":
+    """Nothing of OpenTelemetry is imported unless calls are to be traced.
+
+    Raises:
+        StartError: They are, and the extra for it is not installed.
+    """
     if not config.endpoint:
         return None
     try:
@@ -375,7 +380,7 @@ def _tracing(config: TracingConfig) -> "Tracing | None":
             f"tracing.endpoint is set and {error.name}, which it needs, is not installed:"
             f" {install_command('otel')}"
         ) from error
-    return Tracing(config)
+    return Tracing
 
 
 def _with_connections_that_fit(config: Config) -> Config:

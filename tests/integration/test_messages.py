@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+import torch
 
 from tests.integration.bundles import TINY, add_model
 from tests.integration.process import run_command
@@ -34,12 +35,6 @@ def _tls(certificate: str | None, key: str | None) -> Callable[[Path], Settings]
     return settings
 
 
-def _full_disk(folder: Path) -> Settings:
-    # What is written first is this file, and it goes where there is never any room.
-    (folder / "ready.json.partial").symlink_to("/dev/full")
-    return {"listen.ready_file": folder / "ready.json"}
-
-
 REFUSED: dict[str, Case] = {
     "a key of another certificate": (
         _tls(CERTIFICATE, OTHER_KEY),
@@ -50,9 +45,13 @@ REFUSED: dict[str, Case] = {
         lambda folder: {"listen.ready_file": folder / "absent" / "ready.json"},
         "listen.ready_file: {folder}/absent/ready.json: no such file or directory",
     ),
-    "a ready file on a full disk": (
-        _full_disk,
-        "listen.ready_file: {folder}/ready.json: no space left on device",
+    "a certificate that is not there": (
+        _tls(None, OTHER_KEY),
+        "listen.tls_certificate_file: {folder}/chain.pem: no such file or directory",
+    ),
+    "a device that is not there": (
+        lambda _: {"engine.device": "cuda:99"},
+        "engine.device: cuda:99 is not there; CUDA devices found: {devices}",
     ),
 }
 
@@ -75,15 +74,45 @@ def _last_line(arguments: list[str]) -> str:
     return said[-1]
 
 
+def _arguments(command: str, models: Path, settings: Settings) -> list[str]:
+    arguments = [command, "--models", str(models)]
+    addresses = {"listen.address": "127.0.0.1:0", "listen.metrics_address": ""}
+    for name, value in (addresses | {"engine.device": "cpu"} | settings).items():
+        arguments += ["--set", f"{name}={value}"]
+    return arguments
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
 @pytest.mark.parametrize(("case", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_a_setting_that_cannot_be_used_is_one_line(
-    case: Callable[[Path], Settings], message: str, models: Path, tmp_path: Path
+    command: str, case: Callable[[Path], Settings], message: str, models: Path, tmp_path: Path
 ) -> None:
-    arguments = ["serve", "--models", str(models), "--device", "cpu"]
-    settings = {"listen.address": "127.0.0.1:0", "listen.metrics_address": ""} | case(tmp_path)
-    for name, value in settings.items():
-        arguments += ["--set", f"{name}={value}"]
-    assert _last_line(arguments) == f"conveyor-server: {message.format(folder=tmp_path)}"
+    said = _last_line(_arguments(command, models, case(tmp_path)))
+    devices = torch.cuda.device_count()
+    assert said == f"conveyor-server: {message.format(folder=tmp_path, devices=devices)}"
+
+
+def test_a_disk_that_is_full_in_the_end_is_one_line(models: Path, tmp_path: Path) -> None:
+    # What is written first is this file, and it goes where there is never any room.
+    (tmp_path / "ready.json.partial").symlink_to("/dev/full")
+    file = tmp_path / "ready.json"
+    said = _last_line(_arguments("serve", models, {"listen.ready_file": file}))
+    assert said == f"conveyor-server: listen.ready_file: {file}: no space left on device"
+
+
+def test_check_tells_every_problem_and_changes_nothing(models: Path, tmp_path: Path) -> None:
+    settings = _tls(CERTIFICATE, OTHER_KEY)(tmp_path) | {"engine.device": "cuda:99"}
+    (tmp_path / "ready.json").write_text("of a server that runs")
+    before = sorted(tmp_path.iterdir())
+    settings |= {"listen.ready_file": tmp_path / "ready.json"}
+    done = run_command(_arguments("check", models, settings))
+    assert done.returncode == 2
+    assert "sound" not in done.stdout
+    assert "tiny" in done.stdout
+    device, key = done.stderr.splitlines()
+    assert device.startswith("conveyor-server: engine.device: cuda:99")
+    assert key.startswith("conveyor-server: listen.tls_key_file: ")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_ports_in_use_name_their_setting(models: Path) -> None:

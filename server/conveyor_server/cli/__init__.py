@@ -107,12 +107,24 @@ def check(
 ) -> None:
     """Checks the configuration and every bundle, then says what would be served.
 
+    The configuration includes the files and the device that it names, but not whether its
+    addresses are free.
+
     Exit status 1 if a bundle is not sound or there is none, 2 if the configuration cannot be used
     or the folder of models cannot be read.
     """
     checked = _load(config, models, _flags(settings))
-    typer.echo("configuration: sound")
-    if not _show_models(checked.models.folder):
+    from conveyor_server.cli.start import start_problems
+
+    problems = start_problems(checked)
+    if not problems:
+        typer.echo("configuration: sound")
+    models_sound = _show_models(checked.models.folder)
+    for problem in problems:
+        typer.echo(f"conveyor-server: {problem}", err=True)
+    if problems:
+        raise typer.Exit(2)
+    if not models_sound:
         raise typer.Exit(1)
 
 

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conveyor.v1 import session_pb2
-from conveyor_client import DataLoss, NonFiniteInput, SessionSuperseded, StepGap, StepResultNotHeld
+from conveyor_client import (
+    ConveyorError,
+    DataLoss,
+    DeadlineExceeded,
+    NonFiniteInput,
+    SessionSuperseded,
+    StepGap,
+    StepResultNotHeld,
+)
 from conveyor_client._chunk import Chunk
 from conveyor_client._ledger import Ledger, Window
 from conveyor_client._trace import TracePiece, trace_from_pieces
@@ -57,58 +65,120 @@ def answer(ledger: Ledger, first_step: int, length: int, durable_step: int = 0) 
 
 
 class Server:
-    """What a session on a server remembers: applied steps, a checkpoint, results."""
+    """What a session on a server remembers: applied steps, a checkpoint, what it has to tell."""
 
     def __init__(self) -> None:
         self.inputs: list[bytes] = []
         self.durable = 0
-        self.queue: list[tuple[int, int]] = []
+        self.queue: list[tuple[int, int, ConveyorError | None]] = []
 
-    def receive(self, chunk: Chunk) -> None:
+    def receive(self, chunk: Chunk, *, late: bool = False) -> None:
+        """Runs a chunk; refuses it behind a gap, and where it is late and has a time limit."""
         start = (chunk.expected - chunk.first_step) * 4
         payload = chunk.rows[start:]
         assert len(payload) == chunk.missing * 4
-        assert chunk.expected <= len(self.inputs) + 1, "a gap"
-        for n in range(chunk.missing):
+        error: ConveyorError | None = None
+        if chunk.expected > len(self.inputs) + 1:
+            expected_step = str(len(self.inputs) + 1)
+            error = StepGap("a gap", metadata={"expected_step": expected_step})
+        elif late and chunk.timeout_seconds is not None and chunk.expected > len(self.inputs):
+            error = DeadlineExceeded("late")
+        self.queue.append((chunk.expected, chunk.missing, error))
+        for n in range(0 if error else chunk.missing):
             step, data = chunk.expected + n, payload[n * 4 : n * 4 + 4]
             if step <= len(self.inputs):
                 assert self.inputs[step - 1] == data, "another payload under a known number"
             else:
                 self.inputs.append(data)
-        self.queue.append((chunk.expected, chunk.missing))
 
     def crash(self) -> None:
         del self.inputs[self.durable :]
 
+    def tell(self, ledger: Ledger, piece: int) -> None:
+        """Tells the first that is to be told, of results so many steps."""
+        first_step, length, error = self.queue.pop(0)
+        if error is not None:
+            assert ledger.refuse(first_step, error)
+            return
+        assert answer(ledger, first_step, piece, self.durable)
+        if piece < length:
+            self.queue.insert(0, (first_step + piece, length - piece, None))
+
+
+class Caller:
+    """What callers submit, in parts, and what they know of it."""
+
+    def __init__(self, ledger: Ledger, loop: asyncio.AbstractEventLoop) -> None:
+        self.ledger, self.loop = ledger, loop
+        self.inputs: list[list[Chunk]] = []
+        self.waited_for: list[list[Chunk]] = []
+        self.ahead: dict[Chunk, list[Chunk]] = {}  # what it was submitted behind, unanswered
+        self.submitted = 0
+
+    def submit(self, lengths: list[int], timeout_seconds: float | None) -> None:
+        parts: list[Chunk] = []
+        ahead = [chunk for chunks in self.waited_for for chunk in chunks]
+        for length in lengths:
+            part = submit(self.ledger, self.loop, length, label=self.submitted + 1)
+            part.timeout_seconds = timeout_seconds
+            part.follows = parts[-1] if parts else None
+            self.ahead[part] = ahead + parts
+            parts.append(part)
+            self.submitted += length
+        self.inputs.append(parts)
+        self.waited_for.append(parts)
+
+    def give_up(self, parts: list[Chunk]) -> None:
+        self.waited_for.remove(parts)
+        for part in parts:
+            self.ledger.give_up(part)
+
+    def look(self) -> None:
+        """Callers notice what is answered, or failed."""
+        for parts in list(self.waited_for):
+            if any(part.failed for part in parts) or all(part.future.done() for part in parts):
+                self.give_up(parts)
+
 
 @settings(max_examples=300, deadline=None)
-@given(data=st.data(), durable=st.booleans())
+@given(data=st.data(), durable=st.booleans(), timeouts=st.booleans())
 def test_every_step_is_answered_once_and_in_order_whatever_happens(
-    data: st.DataObject, durable: bool
+    data: st.DataObject, durable: bool, timeouts: bool
 ) -> None:
     with closing(asyncio.new_event_loop()) as loop:
-        run_scenario(data, durable, loop)
+        window = Window(steps_max=24, bytes_max=80, in_flight_steps_max=12)
+        ledger, server = Ledger(window, 4), Server()
+        ledger.keeps_until_durable = durable
+        caller = Caller(ledger, loop)
+        run_scenario(data, server, caller, timeouts)
+        for chunk in (chunk for parts in caller.inputs for chunk in parts):
+            check_outcome(chunk, server, caller.ahead[chunk])
+        for parts in caller.inputs:
+            ran = [data in server.inputs for part in parts for data in inputs_of(part)]
+            assert ran == sorted(ran, reverse=True), "of an input there ran more than a beginning"
+        labels = [int.from_bytes(data, "little") for data in server.inputs]
+        assert labels == sorted(set(labels))
+        assert len(labels) == caller.submitted or timeouts
+        assert ledger.held == (0, 0)
 
 
-def run_scenario(data: st.DataObject, durable: bool, loop: asyncio.AbstractEventLoop) -> None:
-    window = Window(steps_max=24, bytes_max=80, in_flight_steps_max=12)
-    ledger, server = Ledger(window, 4), Server()
-    ledger.keeps_until_durable = durable
-    chunks: list[Chunk] = []
-    submitted = 0
-    actions = ["submit", "answer", "break"] + (["checkpoint", "crash"] if durable else [])
+def run_scenario(data: st.DataObject, server: Server, caller: Caller, timeouts: bool) -> None:
+    ledger = caller.ledger
+    actions = ["submit", "answer", "break"]
+    actions += ["checkpoint", "crash"] if ledger.keeps_until_durable else []
+    actions += ["give up", "look"] if timeouts else []
     for _ in range(data.draw(st.integers(5, 40))):
         act = data.draw(st.sampled_from(actions))
         if act == "submit":
-            length = data.draw(st.integers(1, 8))
-            chunks.append(submit(ledger, loop, length, label=submitted + 1))
-            submitted += length
+            lengths = data.draw(st.lists(st.integers(1, 8), min_size=1, max_size=4))
+            limited = timeouts and data.draw(st.booleans())
+            caller.submit(lengths, 1.0 if limited else None)
         elif act == "answer" and server.queue:
-            first_step, length = server.queue.pop(0)
-            piece = data.draw(st.integers(1, length))
-            assert answer(ledger, first_step, piece, server.durable)
-            if piece < length:
-                server.queue.insert(0, (first_step + piece, length - piece))
+            server.tell(ledger, data.draw(st.integers(1, server.queue[0][1])))
+        elif act == "give up" and caller.waited_for:
+            caller.give_up(data.draw(st.sampled_from(caller.waited_for)))
+        elif act == "look":
+            caller.look()
         elif act == "checkpoint":
             server.durable = len(server.inputs)
             ledger.durable(server.durable)
@@ -118,24 +188,38 @@ def run_scenario(data: st.DataObject, durable: bool, loop: asyncio.AbstractEvent
                 server.crash()
             ledger.resume(len(server.inputs), server.durable)
         for chunk in take_all(ledger):
-            server.receive(chunk)
+            server.receive(chunk, late=timeouts and data.draw(st.booleans()))
         steps, size = ledger.held
-        assert steps <= window.steps_max
-        assert size <= window.bytes_max
+        assert steps <= ledger.window.steps_max
+        assert size <= ledger.window.bytes_max
     for _ in range(200):  # everything is answered and checkpointed in the end
         for chunk in take_all(ledger):
             server.receive(chunk)
         while server.queue:
-            assert answer(ledger, *server.queue.pop(0), server.durable)
+            server.tell(ledger, server.queue[0][1])
         server.durable = len(server.inputs)
         ledger.durable(server.durable)
-    expected = 1
-    for chunk in chunks:
-        rows = b"".join(chunk.future.result().pieces)
-        assert rows == b"".join(row(expected + n) for n in range(chunk.length))
-        expected += chunk.length
-    assert server.inputs == [row(n + 1) for n in range(submitted)]
-    assert ledger.held == (0, 0)
+
+
+def inputs_of(chunk: Chunk) -> list[bytes]:
+    return [chunk.rows[at : at + 4] for at in range(0, len(chunk.rows), 4)]
+
+
+def check_outcome(chunk: Chunk, server: Server, ahead: list[Chunk]) -> None:
+    assert chunk.future.done()
+    if chunk.future.cancelled():  # given up: it may have run or not
+        return
+    error = chunk.future.exception()
+    if error is None:
+        first, last = chunk.first_step, chunk.last_step
+        assert b"".join(chunk.pieces) == b"".join(row(step) for step in range(first, last + 1))
+        assert server.inputs[first - 1 : last] == inputs_of(chunk)
+        return
+    assert not set(inputs_of(chunk)) & set(server.inputs)
+    if isinstance(error, StepGap):
+        assert any(before.failed for before in ahead), "nobody could know of a reason"
+    else:
+        assert isinstance(error, DeadlineExceeded)
 
 
 def test_pieces_that_fit_nothing_are_refused(loop: asyncio.AbstractEventLoop) -> None:
@@ -187,6 +271,34 @@ def test_after_a_failure_numbers_go_on_where_it_happened(loop: asyncio.AbstractE
     assert first.future.result() is first
     assert isinstance(bad.future.exception(), NonFiniteInput)
     assert isinstance(after.future.exception(), StepGap)
+
+
+def test_no_part_runs_behind_a_part_that_was_refused(loop: asyncio.AbstractEventLoop) -> None:
+    """The middle one is refused at the door, and nobody has looked when the first is answered."""
+    ledger = Ledger(Window(steps_max=100, bytes_max=10_000, in_flight_steps_max=4), 4)
+    first, bad, last = (submit(ledger, loop, 2) for _ in range(3))
+    bad.follows, last.follows = first, bad
+    after = submit(ledger, loop, 2)
+    assert take_all(ledger) == [first, bad]
+    assert ledger.refuse(3, NonFiniteInput("nan"))
+    assert answer(ledger, 1, 2)
+    assert take_all(ledger) == [after]
+    assert after.first_step == 3
+    assert last.failed
+
+
+def test_what_was_answered_in_time_is_replayed_without_a_limit(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    ledger = Ledger(WIDE, 4)
+    ledger.keeps_until_durable = True
+    submit(ledger, loop, 2).timeout_seconds = 0.5
+    (sent,) = take_all(ledger)
+    assert sent.timeout_seconds == 0.5
+    assert answer(ledger, 1, 2)
+    ledger.resume(0, 0)
+    (again,) = take_all(ledger)
+    assert again.timeout_seconds is None
 
 
 def test_a_break_while_recovering_fails_what_was_doomed(loop: asyncio.AbstractEventLoop) -> None:

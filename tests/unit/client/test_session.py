@@ -224,6 +224,48 @@ async def test_a_timed_out_step_may_run_and_the_next_is_numbered_after_it(
     assert timeouts == [50_000_000, 0]
 
 
+@pytest.mark.parametrize("give_up", ["by time", "by cancelling", "by leaving the stream"])
+@pytest.mark.parametrize(("length", "refused_at"), [(2, 1), (300, 1), (300, 65)])
+async def test_steps_go_on_where_the_server_dropped_what_was_given_up(
+    server: FakeServer, client: aio.Client, give_up: str, length: int, refused_at: int
+) -> None:
+    """The caller steps again before the server says that it dropped the chunk, or a part of it."""
+    dropped: list[int] = []
+
+    def drop(state: State, first_step: int) -> None:
+        if first_step == refused_at and not dropped:
+            dropped.append(first_step)
+            raise Refusal("DEADLINE_EXCEEDED")
+
+    server.faults.step_hook = drop
+    server.faults.hold_results = asyncio.Event()
+    async with client.session("counter") as session:
+        state = server.world.sessions[session.session_id]
+        chunk = np.ones((length, 2))  # beyond 64 in parts, of which two are sent ahead
+        if give_up == "by time":
+            with pytest.raises(DeadlineExceeded):
+                await session.step(chunk, timeout_seconds=0.05)
+        elif give_up == "by cancelling":
+            step = asyncio.ensure_future(session.step(chunk))
+            await until(lambda: bool(dropped))
+            step.cancel()
+        else:
+            outs = session.stream([chunk])
+            first = asyncio.ensure_future(anext(outs))
+            await until(lambda: bool(dropped))
+            first.cancel()
+            await asyncio.wait({first})
+            await outs.aclose()
+        await until(lambda: bool(dropped))
+        after = asyncio.ensure_future(session.step([1000, 1000]))
+        await session.info()  # a whole round trip later it has long been submitted
+        server.faults.hold_results.set()
+        assert (await after)[0] == refused_at - 1 + 1000
+        assert session.applied_step == refused_at
+        assert (await session.step([1, 1]))[0] == refused_at + 1000
+        assert state.runs == dict.fromkeys(range(1, refused_at + 2), 1)
+
+
 async def test_a_cancelled_step_does_not_disturb_the_numbers(
     server: FakeServer, client: aio.Client
 ) -> None:

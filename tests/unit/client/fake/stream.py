@@ -28,7 +28,7 @@ class Faults:
     break_with_text: str = "Socket closed"
     swallow_results: bool = False
     stream_sessions_max: int = 1_000
-    hold_results: asyncio.Event | None = None
+    hold_results: asyncio.Event | None = None  # and what is refused
     step_hook: Callable[[State, int], None] | None = None
 
 
@@ -79,9 +79,10 @@ class Stream:
                 return True
             if self.silent:
                 continue
+            told = frame.HasField("results") or frame.HasField("failure")
+            if told and faults.hold_results is not None:
+                await faults.hold_results.wait()
             if frame.HasField("results"):
-                if faults.hold_results is not None:
-                    await faults.hold_results.wait()
                 limit = faults.break_after_results
                 if limit is not None and self.results_sent >= limit:
                     faults.break_after_results = None
