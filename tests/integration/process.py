@@ -18,8 +18,12 @@ STOP_SECONDS_MAX: Final = 30.0
 
 
 def command_environment() -> dict[str, str]:
-    """Ours without settings of the server in it, and with one thread for the arithmetic."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("CONVEYOR_")}
+    """Ours without settings of the server and of gRPC, and with one thread for the arithmetic.
+
+    What this process imports sets some of gRPC's for itself.
+    """
+    settings = ("CONVEYOR_", "GRPC_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(settings)}
     return kept | {"OMP_NUM_THREADS": "1"}
 
 
