@@ -246,7 +246,7 @@ def test_a_version_that_is_there_gives_way_only_when_told(
     assert import_file(rnn, "model", tmp_path, "--version", "2").returncode == 0
     before = load_bundle(tmp_path / "model" / "2").digest
     refusals: list[tuple[Case, tuple[str, ...], str]] = [
-        (gru, ("--version", "2"), "is there already"),
+        (gru, ("--version", "2"), "exists already"),
         (gru, (), "has versions already"),
     ]
     for case, more, said in refusals:
