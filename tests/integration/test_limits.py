@@ -467,7 +467,7 @@ async def _read_on(stream: Stream) -> None:
         pass
 
 
-async def test_more_calls_at_once_than_the_transport_carries(start_server: StartServer) -> None:
+async def test_more_calls_at_once_than_the_server_handles(start_server: StartServer) -> None:
     server = start_server({"limits.concurrent_calls_max": 1})
     async with (
         Wire(server.address) as wire,
@@ -475,5 +475,5 @@ async def test_more_calls_at_once_than_the_transport_carries(start_server: Start
         wire.stream() as stream,
     ):
         await stream.open("tiny")
-        with pytest.raises(LimitExceeded, match=r"\(limits.concurrent_calls_max\)"):
+        with pytest.raises(LimitExceeded, match=r"\(limits.concurrent_calls_max is 1\)"):
             await client.model("tiny")
