@@ -3,6 +3,7 @@
 import io
 import os
 import select
+import stat
 import sys
 import threading
 from collections import deque
@@ -18,6 +19,9 @@ DRAIN_SECONDS_MAX: Final = 2.0
 
 class StandardError(io.RawIOBase):
     """Takes whatever is written at once; a thread passes it on.
+
+    A regular file has no reader to wait for, so it is written to directly: nothing is lost with the
+    process.
 
     What comes while the queue is full is dropped and counted, until half of the queue is free
     again. Then one line, where the gap is, says how many lines are missing.
@@ -38,6 +42,7 @@ class StandardError(io.RawIOBase):
         """Since the last notice."""
         self._count: Callable[[float], None] = self._forget
         self._changed = threading.Condition()
+        self._direct = stat.S_ISREG(os.fstat(descriptor).st_mode)
         # A daemon, for nothing may keep the process: it may be in the middle of a write for ever.
         threading.Thread(target=self._pass_on, name="standard-error", daemon=True).start()
 
@@ -50,6 +55,9 @@ class StandardError(io.RawIOBase):
         """Queues bytes, or drops them."""
         line = bytes(data)  # pyright: ignore[reportArgumentType, reportCallIssue]
         with self._changed:
+            if self._direct:
+                self._write_out(line)
+                return len(line)
             room = QUEUE_BYTES_MAX // 2 if self._dropped else QUEUE_BYTES_MAX
             if self._queued_bytes + len(line) > room:
                 self._drop(line)
@@ -104,12 +112,15 @@ class StandardError(io.RawIOBase):
                 line = self._queue.popleft()
                 self._queued_bytes -= len(line)
                 self._writing = True
-            try:
-                _write_all(self._descriptor, line)
-            except OSError:  # nobody can read it any more, or the disk is full
-                with self._changed:
-                    # No notice of this one: it would fail as well, and so on for ever.
-                    self._count(max(1, line.count(b"\n")))
+            self._write_out(line)
+
+    def _write_out(self, line: bytes) -> None:
+        try:
+            _write_all(self._descriptor, line)
+        except OSError:  # nobody can read it any more, or the disk is full
+            with self._changed:
+                # No notice of this one: it would fail as well, and so on for ever.
+                self._count(max(1, line.count(b"\n")))
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from pathlib import Path
 from typing import Final
 
 from conveyor_server.standard_error import QUEUE_BYTES_MAX, StandardError
@@ -33,6 +34,14 @@ def test_lines_arrive_in_order_and_at_once() -> None:
     stream.drain()
     os.set_blocking(reader, False)
     assert os.read(reader, 2**16) == b"".join(lines)
+
+
+def test_a_file_has_every_line_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb", buffering=0) as file:
+        stream = StandardError(file.fileno(), _notice)
+        for number in range(1, 1001):
+            stream.write(LINE)
+            assert (tmp_path / "log").stat().st_size == number * len(LINE)
 
 
 def test_what_does_not_fit_is_dropped_and_its_place_says_so() -> None:
